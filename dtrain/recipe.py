@@ -1,0 +1,87 @@
+"""Recipe: the bundle of callables through which a model enters the trainer.
+
+There is no base class and no registry. A recipe is named in a run's config by an import path,
+`recipe = "package.module:factory"`; the factory's one parameter is annotated with a dataclass whose fields
+are the config tables that the recipe adds (`[model]`, `[data]`, …), and it returns a `Recipe`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dtrain.rng import SampleRNG
+
+# A micro-batch. "index" (B,) int64 holds the global sample indices; "skipped" may list (source, reason) of
+# inputs that were passed over to fill it; every other entry is the recipe's own. Tensors are moved to the
+# device by the trainer.
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class DataState:
+    """Where in the endless stream of global sample indices a run stands.
+
+    The stream is cut into micro-steps of `world * micro_batch` samples; rank r reads the r-th run of
+    `micro_batch` of each. The position alone decides what is read, so a run may resume on another world.
+    """
+
+    seed: int
+    sample: int
+    """First global sample index that has not been trained on yet."""
+    micro_batch: int
+    """Samples per rank and micro-step."""
+    device: str = "cpu"
+    """Where the batches will be moved to: pinned memory is worth it for CUDA."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What the trainer or the command line asks a recipe to generate.
+
+    `first` and `count` select items of an endless, deterministic list of samples (item i has its own noise and
+    condition), so that ranks can share the work and a later request shows the same items again.
+    """
+
+    first: int
+    count: int
+    seed: int
+    options: Mapping[str, Any]
+    """Overrides of the recipe's sampling settings, by field name (`steps`, `guidance`, `prompt`, …)."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One generated or real clip: pixels (T, H, W, 3) uint8, its caption, its frame rate."""
+
+    frames: Tensor
+    caption: str
+    fps: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a model brings. See the field comments; docs/design.md shows a 30-line example."""
+
+    build: Callable[[], nn.Module]
+    """The model; called under torch.device("meta")."""
+    init: Callable[[nn.Module], None]
+    """Fills parameters and buffers after to_empty(); must not depend on the world size."""
+    loss: Callable[[nn.Module, Batch, SampleRNG], Tensor]
+    """Scalar mean over the local micro-batch."""
+    data: Callable[[int, int, DataState], Iterable[Batch]]
+    """(rank, world, state) -> endless iterable of micro-batches."""
+    flops: Callable[[Batch], int]
+    """Forward FLOPs of one micro-batch."""
+    tokens: Callable[[Batch], int] | None = None
+    """Tokens of one micro-batch, for throughput."""
+    blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None
+    """The repeated blocks in forward order; found by structure when absent."""
+    sample: Callable[[nn.Module, SampleRequest], list[Clip]] | None = None
+    """Generates clips. Runs on every rank at once: the number of forward passes depends on the request only."""
+    reference: Callable[[], list[Clip]] | None = None
+    """Some training clips to hold samples against (contact sheets, PSNR)."""
+    save_clips: Callable[[Sequence[Clip], Path], list[Path]] | None = None
+    """Writes clips as files people can open (videos and a contact sheet); called on rank 0."""
