@@ -41,8 +41,8 @@ class DataState:
 class SampleRequest:
     """What the trainer or the command line asks a recipe to generate.
 
-    `first` and `count` select items of an endless, deterministic list of samples (item i has its own noise and
-    condition), so that ranks can share the work and a later request shows the same items again.
+    `first` and `count` select items of an endless, deterministic list of samples (item i has its own noise
+    and condition), so that ranks can share the work and a later request shows the same items again.
     """
 
     first: int
@@ -80,8 +80,10 @@ class Recipe:
     blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None
     """The repeated blocks in forward order; found by structure when absent."""
     sample: Callable[[nn.Module, SampleRequest], list[Clip]] | None = None
-    """Generates clips. Runs on every rank at once: the number of forward passes depends on the request only."""
-    reference: Callable[[], list[Clip]] | None = None
-    """Some training clips to hold samples against (contact sheets, PSNR)."""
+    """Generates clips, on every rank at once: how often it calls the model depends on `count` only."""
     save_clips: Callable[[Sequence[Clip], Path], list[Path]] | None = None
-    """Writes clips as files people can open (videos and a contact sheet); called on rank 0."""
+    """Writes clips as files people can open (videos, a contact sheet); called on rank 0."""
+    score: Callable[[Sequence[Clip]], Mapping[str, float]] | None = None
+    """Figures of merit of generated clips by name, units in the name (`psnr_db`); called on rank 0."""
+    fingerprint: Callable[[], str] | None = None
+    """Identifies the data. Ranks must agree on it, and a resumed run says when it has changed."""

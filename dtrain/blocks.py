@@ -1,0 +1,68 @@
+"""Finding the repeated blocks of a transformer: the unit of sharding, checkpointing and compile.
+
+Name lists fail across model families, so blocks are found by structure: a class of which the outermost
+ModuleLists hold two or more instances is a block class; its instances elsewhere in the tree (U-ViT's
+`mid_block`) are blocks too. Leaf modules are never blocks, and nothing inside a block is looked at.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+
+def find_blocks(model: nn.Module, explicit: Sequence[nn.Module] | None = None) -> list[nn.Module]:
+    """Return the model's blocks in order of registration, which is forward order in practice.
+
+    Args:
+        model: any module.
+        explicit: the blocks, when the caller knows them; checked to be part of the model and not nested.
+
+    Raises:
+        ValueError: no block was found, or an explicit one is foreign or nested in another.
+    """
+    blocks = list(explicit) if explicit is not None else _blocks_by_structure(model)
+    if not blocks:
+        raise ValueError(
+            f"No repeated blocks were found in {type(model).__name__}: no class stands twice in its "
+            "ModuleLists. Pass the blocks explicitly (Recipe.blocks, or the blocks argument)."
+        )
+    _check_disjoint(model, blocks)
+    return blocks
+
+
+def _blocks_by_structure(model: nn.Module) -> list[nn.Module]:
+    counts = Counter(type(member) for member in _outermost_list_members(model) if _is_composite(member))
+    block_classes = {cls for cls, count in counts.items() if count >= 2}
+    return list(_outermost_instances(model, block_classes))
+
+
+def _is_composite(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
+
+
+def _outermost_list_members(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _outermost_list_members(child)
+
+
+def _outermost_instances(module: nn.Module, classes: set[type[nn.Module]]) -> Iterator[nn.Module]:
+    for child in module.children():
+        if type(child) in classes:
+            yield child
+        else:
+            yield from _outermost_instances(child, classes)
+
+
+def _check_disjoint(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    names = {id(module): name for name, module in model.named_modules()}
+    for block in blocks:
+        if id(block) not in names:
+            raise ValueError(f"A block of class {type(block).__name__} is not part of the model.")
+        inner = {id(module) for module in block.modules()} - {id(block)}
+        nested = [names[id(other)] for other in blocks if id(other) in inner]
+        if nested:
+            raise ValueError(f"Block {nested[0]} is nested in block {names[id(block)]}: name only the outer.")

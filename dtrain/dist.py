@@ -1,0 +1,71 @@
+"""Process groups: one context manager that works under torchrun and without it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    local_size: int = 1
+    """Ranks on this host."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def environment_world_size() -> int:
+    """World size that torchrun announced, 1 without it; needs no process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def environment_rank() -> int:
+    """Rank that torchrun announced, 0 without it; needs no process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(timeout_s: float = 600.0) -> Iterator[World]:
+    """Start the default process group, yield this rank's `World`, and take the group down again.
+
+    CUDA devices get NCCL for tensors and gloo for host objects; the CPU gets gloo. Without torchrun's
+    environment variables the world is this one process.
+
+    Args:
+        timeout_s: how long a collective may wait for its peers before it fails.
+    """
+    device = _local_device()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    device_id = device if device.type == "cuda" else None
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        dist.init_process_group(
+            backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
+    try:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield World(dist.get_rank(), dist.get_world_size(), device, local_size)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,66 @@
+"""The one place where parallelism is applied to a model, in its one right order.
+
+attention -> activation policy -> compile blocks -> fully_shard bottom-up -> codecs
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dtrain.activations.policy import ActivationConfig, apply_activation_policy
+from dtrain.blocks import find_blocks
+from dtrain.shard import ShardConfig, shard
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """torch.compile of each block."""
+
+    enabled: bool = field(
+        default=False, metadata={"help": "Compile each block: one graph serves all blocks of a shape."}
+    )
+    dynamic: bool = field(
+        default=False, metadata={"help": "Compile for symbolic sizes, where clips come in many shapes."}
+    )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """All that `parallelize` applies; the tables of a run's config by the same names."""
+
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    shard: ShardConfig = field(default_factory=ShardConfig)
+
+
+def compile_blocks(blocks: Sequence[nn.Module], config: CompileConfig) -> None:
+    """Compile each block's `forward` in place; hooks (FSDP2's) stay outside the graph."""
+    if not config.enabled:
+        return
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=config.dynamic)
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    config: ParallelConfig | None = None,
+    blocks: Sequence[nn.Module] | None = None,
+) -> nn.Module:
+    """Make any transformer train sharded over `mesh`. Works in place and returns the model.
+
+    Args:
+        model: on any device, also meta (then call `to_empty` and fill the parameters afterwards).
+        mesh: one axis to shard over, or (replicate, shard).
+        config: policies; all defaults when absent.
+        blocks: the repeated blocks; found by structure when absent, see `find_blocks`.
+    """
+    config = config or ParallelConfig()
+    blocks = find_blocks(model, blocks)
+    apply_activation_policy(blocks, config.activations)
+    compile_blocks(blocks, config.compile)
+    shard(model, blocks, mesh, config.shard)
+    return model

@@ -1,0 +1,90 @@
+"""Sharding with FSDP2: each block a unit, the rest of the model one more.
+
+Mixed precision keeps fp32 master parameters in the shards; parameters are gathered, and compute runs, in
+`param_dtype`; gradients are reduced in `reduce_dtype`
+(https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._pytree import tree_map
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """Precision and resharding of the sharded model."""
+
+    param_dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of gathered parameters and compute; auto: bfloat16 on CUDA, float32 on CPU."
+        },
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Dtype in which gradients are summed over ranks."}
+    )
+    reshard_after_forward: bool = field(
+        default=True,
+        metadata={"help": "Free gathered parameters after the forward and gather again for the backward."},
+    )
+    reduce_each_micro_batch: bool = field(
+        default=True,
+        metadata={
+            "help": "Reduce-scatter gradients after every micro-batch (least memory); false: once per step, "
+            "holding full gradients in between (least traffic)."
+        },
+    )
+
+
+def compute_dtype(config: ShardConfig, device_type: str) -> torch.dtype:
+    """The dtype in which blocks compute, with `auto` resolved for the device."""
+    if config.param_dtype == "auto":
+        return torch.bfloat16 if device_type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, config.param_dtype)
+    return dtype
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: ShardConfig) -> None:
+    """Apply `fully_shard` in place, blocks first, then the root.
+
+    Args:
+        model: parameters may be on the meta device.
+        blocks: units that are gathered and freed together.
+        mesh: one axis to shard over, or (replicate, shard).
+        config: precision and resharding.
+    """
+    dtype = compute_dtype(config, mesh.device_type)
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=getattr(torch, config.reduce_dtype))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=config.reshard_after_forward)
+    root = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=mixed.reduce_dtype, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=root)
+    if dtype != torch.float32:
+        _cast_root_inputs(model, dtype)
+    if mesh.size() > 1 and mesh.size(mesh.ndim - 1) == 1:
+        log.warning("mesh.shard is 1: parameters and optimizer state are replicated, not sharded.")
+
+
+def _cast_root_inputs(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the model's floating inputs to `dtype`, all but per-sample scalars.
+
+    bfloat16 has 8 significant bits: a timestep of 999 would become 1000. Tensors of shape (B,) keep fp32.
+    """
+
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+        return value.to(dtype) if floating else value
+
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return tree_map(cast, args), tree_map(cast, kwargs)
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)

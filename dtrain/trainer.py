@@ -1,0 +1,291 @@
+"""The training loop: the only file that knows every part.
+
+config -> process group -> mesh -> model on meta -> parallelize -> parameters -> optimizer -> checkpoint ->
+for each step: batches -> forward and backward -> clip -> AdamW -> EMA -> metrics -> samples -> checkpoint
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dtrain.checkpoint import (
+    Checkpointer,
+    Progress,
+    TrainingState,
+    read_progress,
+    resume_folder,
+)
+from dtrain.dist import World, environment_world_size, process_group
+from dtrain.ema import EMA
+from dtrain.flops import training_flops
+from dtrain.mesh import build_mesh, mean_over
+from dtrain.metrics import NullLog, RunLog
+from dtrain.optim import build_optimizer, set_learning_rate
+from dtrain.parallelize import ParallelConfig, parallelize
+from dtrain.plot import loss_curve
+from dtrain.recipe import Batch, DataState, Recipe
+from dtrain.rng import seed_everything
+from dtrain.sampling import draw_clips
+from dtrain.shard import compute_dtype
+from dtrain.step import train_step
+
+if TYPE_CHECKING:
+    from dtrain.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run, batch sizes and samples."""
+
+    steps: int = field(default=500_000, metadata={"help": "Optimizer steps of the whole run."})
+    global_batch: int = field(
+        default=1024,
+        metadata={"help": "Samples per optimizer step over all ranks, whatever their number."},
+    )
+    micro_batch: int = field(
+        default=8,
+        metadata={
+            "help": "Samples per rank and forward pass; the rest of the global batch is accumulated over "
+            "several passes."
+        },
+    )
+    sample_every: int = field(
+        default=0, metadata={"help": "Generate clips every this many steps and at the end; 0: never."}
+    )
+    samples: int = field(default=4, metadata={"help": "Clips generated each time."})
+    timeout_s: float = field(
+        default=600.0, metadata={"help": "Seconds that a collective waits for a missing rank."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must be 1 or more.")
+        if self.sample_every < 0:
+            raise ValueError(f"train.sample_every = {self.sample_every}: must be 0 or more.")
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per rank and step; ValueError when the sizes do not divide."""
+        per_pass = self.micro_batch * world
+        if self.global_batch % per_pass:
+            below = self.global_batch // per_pass * per_pass
+            nearest = f"{below} or {below + per_pass}" if below else str(per_pass)
+            raise ValueError(
+                f"train.global_batch = {self.global_batch} is not a multiple of train.micro_batch x ranks = "
+                f"{self.micro_batch} x {world} = {per_pass}: use {nearest}, or another micro_batch."
+            )
+        return self.global_batch // per_pass
+
+
+def train(config: "RunConfig") -> None:
+    """Run or resume the training run that `config` describes, on this process's rank of the world.
+
+    Raises:
+        ValueError: the config does not fit the world, the data or the checkpoint; before any process group
+            starts where that can be known.
+    """
+    from dtrain.config import build_recipe, check_world
+
+    check_world(config, environment_world_size())
+    recipe = build_recipe(config)
+    resume_folder(config.checkpoint, config.run_dir / "checkpoints")
+    with process_group(config.train.timeout_s) as world:
+        Trainer(config, recipe, world).run()
+
+
+def materialise(recipe: Recipe, config: "RunConfig", world: World, mesh: Any) -> nn.Module:
+    """Build the model without memory, shard it, then give each rank its filled shards."""
+    with torch.device("meta"):
+        model = recipe.build()
+    blocks = recipe.blocks(model) if recipe.blocks else None
+    parallelize(model, mesh, ParallelConfig(config.activations, config.compile, config.shard), blocks)
+    model.to_empty(device=world.device)
+    seed_everything(config.seed, "init")
+    recipe.init(model)
+    return model
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        config: the whole run's configuration.
+        recipe: the model, its data and its loss.
+        world: this rank's place; the process group is up.
+    """
+
+    def __init__(self, config: "RunConfig", recipe: Recipe, world: World) -> None:
+        self.config, self.recipe, self.world = config, recipe, world
+        self.accumulation = config.train.accumulation(world.size)
+        self.mesh = build_mesh(config.mesh, world.size, world.device.type)
+        self.model = materialise(recipe, config, world, self.mesh)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.ema = EMA(self.model, config.ema) if config.ema.enabled else None
+        self.state = TrainingState(self.model, self.optimizer, self.ema)
+        # Saving runs collectives on a background thread, which needs a group of its own.
+        self.checkpointer = Checkpointer(
+            config.run_dir / "checkpoints", config.checkpoint, dist.new_group(backend="gloo"), world.is_main
+        )
+        self.fingerprint = self._agreed_fingerprint()
+        self.progress = self._resume()
+
+    def run(self) -> None:
+        """Train to the last step, saving and sampling on the way."""
+        total = self.config.train.steps
+        if self.world.is_main:
+            self._write_config()
+        with self._open_log() as log:
+            self._say_start(log)
+            batches = iter(self._data())
+            for step in range(self.progress.step, total):
+                self._step(step, list(itertools.islice(batches, self.accumulation)), log)
+                with log.untimed():
+                    self._after_step(step + 1, log)
+            self.checkpointer.wait()
+            self._gather_skipped(log)
+        if self.world.is_main:
+            loss_curve(self.config.run_dir / "metrics.jsonl", self.config.run_dir / "loss.png")
+        dist.barrier()
+
+    def _step(self, step: int, batches: list[Batch], log: NullLog) -> None:
+        config = self.config
+        lr = set_learning_rate(self.optimizer, config.optim, step, config.train.steps)
+        result = train_step(
+            self.model,
+            self.recipe,
+            self.optimizer,
+            batches,
+            seed=config.seed,
+            device=self.world.device,
+            clip_norm=config.optim.clip_norm,
+            reduce_each=config.shard.reduce_each_micro_batch,
+        )
+        if self.ema:
+            self.ema.update(step)
+        for batch in batches:
+            self._skipped.update(batch.get("skipped", ()))
+        self._log_step(step + 1, batches, log, lr=lr, loss=result.loss, grad_norm=result.grad_norm)
+        self.progress = Progress(
+            step + 1,
+            self.progress.sample + config.train.global_batch,
+            config.seed,
+            self.world.size,
+            self.fingerprint,
+        )
+
+    def _log_step(self, step: int, batches: list[Batch], log: NullLog, **values: Any) -> None:
+        if log.due(step):
+            values["loss"] = mean_over(self.mesh, values["loss"])
+        tokens = self.recipe.tokens
+        log.step(
+            step,
+            samples=self.config.train.global_batch,
+            tokens=self.world.size * sum(map(tokens, batches)) if tokens else None,
+            flops=self.world.size * training_flops(sum(map(self.recipe.flops, batches))),
+            **values,
+        )
+
+    def _after_step(self, step: int, log: NullLog) -> None:
+        config, last = self.config, step == self.config.train.steps
+        self.checkpointer.poll()
+        if last or step % config.checkpoint.every == 0:
+            self.checkpointer.save(self.state, self.progress)
+        every = config.train.sample_every
+        if every and (last or step % every == 0):
+            self._sample(step, log)
+
+    def _sample(self, step: int, log: NullLog) -> None:
+        """Generate clips from the averaged weights on all ranks; rank 0 writes and scores them."""
+        if self.recipe.sample is None:
+            return
+        clips = draw_clips(
+            self.recipe, self.model, self.ema, self.world, self.config.train.samples, self.config.seed
+        )
+        if not self.world.is_main:
+            return
+        if self.recipe.save_clips:
+            paths = self.recipe.save_clips(clips, self.config.run_dir / "samples" / f"step-{step:08d}")
+            log.note(f"step {step}: samples in {paths[-1].parent}")
+        if self.recipe.score:
+            scores = {name: round(value, 2) for name, value in self.recipe.score(clips).items()}
+            log.note(f"step {step}: " + ", ".join(f"{name} {value}" for name, value in scores.items()))
+
+    def _data(self) -> Iterator[Batch]:
+        config, world = self.config, self.world
+        state = DataState(config.seed, self.progress.sample, config.train.micro_batch, str(world.device))
+        return iter(self.recipe.data(world.rank, world.size, state))
+
+    def _resume(self) -> Progress:
+        """Load the checkpoint that the config selects, chosen by rank 0 for all."""
+        choice = [
+            resume_folder(self.config.checkpoint, self.checkpointer.folder) if self.world.is_main else None
+        ]
+        dist.broadcast_object_list(choice)
+        self._skipped: set[tuple[str, str]] = set()
+        if choice[0] is None:
+            return Progress(0, 0, self.config.seed, self.world.size, self.fingerprint)
+        progress = read_progress(choice[0])
+        if progress.seed != self.config.seed:
+            raise ValueError(
+                f"seed = {self.config.seed}, but {choice[0]} was trained with seed {progress.seed}, which "
+                f"decides its data order and noise: set seed = {progress.seed}, or start a new run."
+            )
+        self.state.load(choice[0])
+        return progress
+
+    def _agreed_fingerprint(self) -> str:
+        mine = self.recipe.fingerprint() if self.recipe.fingerprint else ""
+        all_ranks: list[str] = [""] * self.world.size
+        dist.all_gather_object(all_ranks, mine)
+        different = [rank for rank, other in enumerate(all_ranks) if other != all_ranks[0]]
+        if different:
+            raise ValueError(f"Ranks {different} see other data than rank 0: their data folders differ.")
+        return mine
+
+    def _gather_skipped(self, log: NullLog) -> None:
+        everyone: list[set[tuple[str, str]]] = [set()] * self.world.size
+        dist.all_gather_object(everyone, self._skipped)
+        log.skipped(sorted(set().union(*everyone)))
+
+    def _open_log(self) -> NullLog:
+        config, world = self.config, self.world
+        steps = {"total_steps": config.train.steps, "resume_step": self.progress.step}
+        if not world.is_main:
+            return NullLog(config.metrics, **steps)
+        return RunLog(
+            config.metrics,
+            config.run_dir,
+            **steps,
+            device=world.device,
+            dtype=compute_dtype(config.shard, world.device.type),
+            world=world.size,
+            local_world=world.local_size,
+        )
+
+    def _write_config(self) -> None:
+        from dtrain.config import to_toml
+
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.config.run_dir / "config.toml").write_text(to_toml(self.config))
+
+    def _say_start(self, log: NullLog) -> None:
+        dtype = compute_dtype(self.config.shard, self.world.device.type)
+        count = sum(p.numel() for p in self.model.parameters())
+        sizes = " x ".join(
+            f"{name} {size}" for name, size in zip(self.mesh.mesh_dim_names or (), self.mesh.shape)
+        )
+        log.note(
+            f"{count / 1e6:.2f}M parameters on {self.world.size} {self.world.device.type} rank(s), mesh {sizes}, "
+            f"compute {str(dtype).removeprefix('torch.')}, {self.accumulation} micro-batch(es) of "
+            f"{self.config.train.micro_batch} per rank and step"
+        )
+        if self.progress.step:
+            log.note(f"resumed at step {self.progress.step}, sample {self.progress.sample}")
