@@ -6,7 +6,7 @@ ModuleLists hold two or more instances is a block class; its instances elsewhere
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -32,9 +32,13 @@ def find_blocks(model: nn.Module, explicit: Sequence[nn.Module] | None = None) -
 
 
 def _blocks_by_structure(model: nn.Module) -> list[nn.Module]:
-    counts = Counter(type(member) for member in _outermost_list_members(model) if _is_composite(member))
-    block_classes = {cls for cls, count in counts.items() if count >= 2}
-    return list(_outermost_instances(model, block_classes))
+    members = [m for m in _outermost_list_members(model) if _is_composite(m)]
+    counts = Counter(type(member) for member in members)
+    repeated = {cls for cls, count in counts.items() if count >= 2}
+    in_lists = {id(member) for member in members if type(member) in repeated}
+    # A Sequential says nothing about what is in it, so other Sequentials are no kin of those in the lists.
+    kin = repeated - {nn.Sequential}
+    return list(_outermost(model, lambda module: id(module) in in_lists or type(module) in kin))
 
 
 def _is_composite(module: nn.Module) -> bool:
@@ -49,12 +53,12 @@ def _outermost_list_members(module: nn.Module) -> Iterator[nn.Module]:
             yield from _outermost_list_members(child)
 
 
-def _outermost_instances(module: nn.Module, classes: set[type[nn.Module]]) -> Iterator[nn.Module]:
+def _outermost(module: nn.Module, is_block: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
     for child in module.children():
-        if type(child) in classes:
+        if is_block(child):
             yield child
         else:
-            yield from _outermost_instances(child, classes)
+            yield from _outermost(child, is_block)
 
 
 def _check_disjoint(model: nn.Module, blocks: Sequence[nn.Module]) -> None:

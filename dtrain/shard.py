@@ -8,12 +8,15 @@ Mixed precision keeps fp32 master parameters in the shards; parameters are gathe
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,13 @@ class ShardConfig:
             "holding full gradients in between (least traffic)."
         },
     )
+    extra_units: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Globs of modules inside blocks that the model also calls from outside their block; each "
+            "is gathered on its own."
+        },
+    )
 
 
 def compute_dtype(config: ShardConfig, device_type: str) -> torch.dtype:
@@ -64,12 +74,13 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, confi
     """
     dtype = compute_dtype(config, mesh.device_type)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=getattr(torch, config.reduce_dtype))
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=config.reshard_after_forward)
+    for unit in [*_extra_units(model, config.extra_units), *blocks]:
+        fully_shard(unit, mesh=mesh, mp_policy=mixed, reshard_after_forward=config.reshard_after_forward)
     root = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=mixed.reduce_dtype, cast_forward_inputs=False)
     fully_shard(model, mesh=mesh, mp_policy=root)
     if dtype != torch.float32:
         _cast_root_inputs(model, dtype)
+    _guard_first_forward(model, blocks)
     if mesh.size() > 1 and mesh.size(mesh.ndim - 1) == 1:
         log.warning("mesh.shard is 1: parameters and optimizer state are replicated, not sharded.")
 
@@ -88,3 +99,47 @@ def _cast_root_inputs(model: nn.Module, dtype: torch.dtype) -> None:
         return tree_map(cast, args), tree_map(cast, kwargs)
 
     model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _extra_units(model: nn.Module, globs: Sequence[str]) -> list[nn.Module]:
+    """The modules that the globs name.
+
+    Raises:
+        ValueError: a glob matches no module.
+    """
+    names = dict(model.named_modules())
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            near = get_close_matches(glob, names, n=3) or list(names)[1:4]
+            raise ValueError(f"shard.extra_units: {glob!r} matches no module; near it: {', '.join(near)}.")
+    return [module for name, module in names.items() if any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def _guard_first_forward(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Turn a call into a block from outside it, whose parameters are not gathered then, into a clear error.
+
+    diffusers' DiT does this with the timestep embedding of its first block. The checks go after one forward.
+    """
+    names = {module: name for name, module in model.named_modules()}
+
+    def check(module: nn.Module, _args: Any) -> None:
+        if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{names[module]} belongs to a sharded block but is called from outside it, where its "
+                f"parameters are not gathered. Add it, or the module around it that is called, to "
+                f"shard.extra_units."
+            )
+
+    inner = {module for block in blocks for module in block.modules() if module is not block}
+    handles = [
+        module.register_forward_pre_hook(check)
+        for module in inner
+        if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, FSDPModule)
+    ]
+
+    def remove(_module: nn.Module, _args: Any, _output: Any) -> None:
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+
+    model.register_forward_hook(remove)

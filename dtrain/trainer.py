@@ -277,15 +277,14 @@ class Trainer:
         (self.config.run_dir / "config.toml").write_text(to_toml(self.config))
 
     def _say_start(self, log: NullLog) -> None:
-        dtype = compute_dtype(self.config.shard, self.world.device.type)
+        config, world = self.config, self.world
         count = sum(p.numel() for p in self.model.parameters())
-        sizes = " x ".join(
-            f"{name} {size}" for name, size in zip(self.mesh.mesh_dim_names or (), self.mesh.shape)
-        )
+        dtype = str(compute_dtype(config.shard, world.device.type)).removeprefix("torch.")
+        replicate, shard = config.mesh.sizes(world.size)
         log.note(
-            f"{count / 1e6:.2f}M parameters on {self.world.size} {self.world.device.type} rank(s), mesh {sizes}, "
-            f"compute {str(dtype).removeprefix('torch.')}, {self.accumulation} micro-batch(es) of "
-            f"{self.config.train.micro_batch} per rank and step"
+            f"{count / 1e6:.2f}M parameters on {world.size} {world.device.type} rank(s), mesh {replicate} x "
+            f"{shard} (replicate x shard), compute in {dtype}, {self.accumulation} micro-batch(es) of "
+            f"{config.train.micro_batch} per rank and step"
         )
         if self.progress.step:
             log.note(f"resumed at step {self.progress.step}, sample {self.progress.sample}")

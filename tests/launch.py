@@ -1,0 +1,30 @@
+"""Starting real processes: torchrun on this machine, and the dtrain command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `python *arguments` in a process of its own, from an uninstalled clone's point of view."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+    return done
+
+
+def torchrun(ranks: int, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `torchrun --nproc-per-node RANKS *arguments` on a free port."""
+    options = ("--standalone", "--nproc-per-node", str(ranks))
+    return run_python("-m", "torch.distributed.run", *options, *arguments, check=check)
