@@ -1,0 +1,138 @@
+"""The parts of a U-ViT's body: attention, MLP, the pre-norm block with its long skip, and the U they form.
+
+Block: x ← W·[x, skip] + b in out blocks, then x ← x + attn(norm(x)), x ← x + mlp(norm(x)).
+Source: Bao et al., arXiv 2209.12152, figure 1.
+
+Shapes: B batch, N tokens, D width, H heads.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dtrain.kernels import reference
+from uvit.embed import Rope
+
+
+class RMSNorm(nn.Module):
+    """`kernels.reference.rms_norm` with its weight (D,)."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.rms_norm(x, self.weight, self.eps)
+
+
+class SkipLinear(nn.Linear):
+    """Joins a block's input and its long skip; weight (D, 2D) as the official `skip_linear`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(2 * width, width)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        return reference.skip_linear(x, skip, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens, (B, N, D) to (B, N, D). `attend` may be replaced by a fused kernel."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attend = reference.attention
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D/H): views
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (reference.apply_rope(y, rope.cos, rope.sin) for y in (q, k))
+        out: Tensor = self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """The repeated pre-norm block; with `skip`, an out block."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        skip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, qkv_bias, qk_norm)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.skip_linear = SkipLinear(width) if skip else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, rope: Rope | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D); `skip` is ignored by a block without `skip_linear`."""
+        if self.skip_linear is not None:
+            x = self.skip_linear(x, skip)
+        x = x + self.attn(self.norm1(x), rope)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+def time_mlp(width: int, enabled: bool) -> nn.Module:
+    """Linear D→4D, SiLU, linear 4D→D on the time token; the identity unless enabled."""
+    if not enabled:
+        return nn.Identity()
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+
+
+def check_shapes(wanted: Mapping[str, tuple[Tensor | None, tuple[int, ...] | None]], because: str) -> None:
+    """Compare inputs with the shapes that the configuration asks for; None stands for no tensor at all.
+
+    Raises:
+        ValueError: the first input that differs, what it is, what it must be and because of which option.
+    """
+    for name, (given, shape) in wanted.items():
+        if (None if given is None else tuple(given.shape)) != shape:
+            found = "None" if given is None else f"a tensor of shape {tuple(given.shape)}"
+            raise ValueError(f"{name} is {found}: {because} needs {shape}")
+
+
+def run_u(
+    x: Tensor,
+    in_blocks: Iterable[nn.Module],
+    mid_block: nn.Module,
+    out_blocks: Iterable[nn.Module],
+    rope: Rope | None = None,
+) -> Tensor:
+    """Down the in blocks, through the mid block, up the out blocks with the skips last-in-first-out."""
+    skips = []
+    for block in in_blocks:
+        x = block(x, None, rope)
+        skips.append(x)
+    x = mid_block(x, None, rope)
+    for block in out_blocks:
+        x = block(x, skips.pop(), rope)
+    return x
