@@ -92,9 +92,8 @@ class UViT(nn.Module):
 
     def _extra(self, timesteps: Tensor, y: Tensor | None, context: Tensor | None) -> list[Tensor]:
         dtype = self.patch_embed.proj.weight.dtype
-        time = self.time_embed(timestep_embedding(timesteps, self.config.width).to(dtype))[
-            :, None
-        ]  # (B, 1, D)
+        sinusoid = timestep_embedding(timesteps, self.config.width).to(dtype)
+        time = self.time_embed(sinusoid)[:, None]  # (B, 1, D)
         if self.label_emb is not None:
             return [self.label_emb(y)[:, None], time]
         if self.context_embed is not None and context is not None:
