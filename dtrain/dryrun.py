@@ -1,0 +1,115 @@
+"""What a run would be, without running it: the model on meta, one batch of data, and bytes by arithmetic.
+
+FSDP2 splits each parameter along its first dimension into equal chunks, the last ones short or empty, so rank
+0 of a shard group of S holds ceil(d0 / S) rows of each: the most of any rank.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dtrain.blocks import find_blocks
+from dtrain.config import RunConfig, build_recipe, check_world
+from dtrain.flops import training_flops
+from dtrain.recipe import DataState, Recipe
+
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Persistent bytes on the fullest rank; activations and gathered parameters come on top."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    ema: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.ema
+
+
+def state_bytes(model: nn.Module, shard: int, *, ema: bool) -> StateBytes:
+    """Bytes of sharded parameters, gradients, AdamW moments and EMA on the first of `shard` ranks.
+
+    Args:
+        model: unsharded, may be on meta.
+        shard: size of the mesh's shard axis.
+        ema: whether averages are kept.
+    """
+    local = {name: _rows(p, shard) * p.element_size() for name, p in model.named_parameters()}
+    trained = {name: _rows(p, shard) for name, p in model.named_parameters() if p.requires_grad}
+    gradients = sum(local[name] for name in trained)
+    averages = sum(trained.values()) * _FP32_BYTES if ema else 0
+    return StateBytes(sum(local.values()), gradients, 2 * gradients, averages)
+
+
+def _rows(parameter: nn.Parameter, shard: int) -> int:
+    """Elements of a parameter on the first rank of its shard group."""
+    if parameter.ndim == 0:
+        return 1
+    return math.ceil(parameter.shape[0] / shard) * math.prod(parameter.shape[1:])
+
+
+def dry_run(config: RunConfig, world: int) -> list[tuple[str, str]]:
+    """Check everything that can be checked in one process, and say what the run would be.
+
+    Args:
+        config: of the run.
+        world: number of ranks that it is to have.
+
+    Returns:
+        (what, value) rows for people.
+
+    Raises:
+        ValueError: what a real run would raise as well.
+    """
+    check_world(config, world)
+    recipe = build_recipe(config)
+    with torch.device("meta"):
+        model = recipe.build()
+    blocks = find_blocks(model, recipe.blocks(model) if recipe.blocks else None)
+    replicate, shard = config.mesh.sizes(world)
+    held = state_bytes(model, shard, ema=config.ema.enabled)
+    accumulation = config.train.accumulation(world)
+    return [
+        ("run folder", str(config.run_dir)),
+        ("model", f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"),
+        ("blocks", _block_names(model, blocks)),
+        ("mesh", f"{world} ranks = replicate {replicate} x shard {shard}"),
+        (
+            "batch",
+            f"{config.train.global_batch} = {config.train.micro_batch} per rank x {world} ranks x "
+            f"{accumulation} micro-batches",
+        ),
+        *_work_rows(recipe, config, world * accumulation, world),
+        (
+            "state per rank",
+            f"{_gib(held.total)} = parameters {_gib(held.parameters)} + gradients {_gib(held.gradients)} + "
+            f"AdamW {_gib(held.optimizer)} + EMA {_gib(held.ema)}",
+        ),
+    ]
+
+
+def _block_names(model: nn.Module, blocks: list[nn.Module]) -> str:
+    names = {id(module): name for name, module in model.named_modules()}
+    kinds = sorted({type(block).__name__ for block in blocks})
+    return f"{len(blocks)} x {', '.join(kinds)}: {names[id(blocks[0])]} … {names[id(blocks[-1])]}"
+
+
+def _work_rows(recipe: Recipe, config: RunConfig, passes: int, world: int) -> list[tuple[str, str]]:
+    """Tokens and FLOPs of a step, scaled from the first micro-batch of rank 0."""
+    state = DataState(config.seed, 0, config.train.micro_batch)
+    batch = next(iter(recipe.data(0, world, state)))
+    work = training_flops(recipe.flops(batch)) * passes
+    rows = [("training FLOPs", f"{work / 1e12:,.4g} TFLOP per step, {work / world / 1e12:,.4g} per rank")]
+    if recipe.tokens:
+        rows.insert(0, ("tokens", f"{recipe.tokens(batch) * passes:,} per step"))
+    return rows
+
+
+def _gib(count: int) -> str:
+    return f"{count / 1024**3:.3f} GiB"

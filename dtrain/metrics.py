@@ -1,0 +1,359 @@
+"""What a run tells about itself: a progress bar, metrics.jsonl, TensorBoard and a summary.
+
+Losses and norms stay on the device until a step that is logged: reading a CUDA tensor waits for the GPU, and
+doing that every step would stop the host from running ahead. Times are therefore means over the steps since
+the last logged one; the first step (compilation, the first batch) is a window of its own.
+
+A line of metrics.jsonl is one JSON object: `step`, the values that the trainer passed (`loss`, `grad_norm`,
+`lr`, …), and `step_ms`, `samples_per_s`, `tokens_per_s`, `mfu`, `memory_gib`; null where unknown. Lines with
+a `note` instead tell of paths that were not taken. Values that are not finite are the strings "nan", "inf".
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dtrain import flops, telemetry
+from dtrain.display import Display, show_summary
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is recorded, and how often."""
+
+    log_every: int = field(
+        default=10, metadata={"help": "Steps between records; device values are read on the host only then."}
+    )
+    tensorboard: bool = field(
+        default=True, metadata={"help": "Write TensorBoard files into the run's folder tensorboard/."}
+    )
+    progress: Literal["auto", "bar", "plain", "none"] = field(
+        default="auto",
+        metadata={
+            "help": "bar: a live bar. plain: one line per record. auto: bar on a terminal, else plain."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1:
+            raise ValueError(f"metrics.log_every = {self.log_every}: must be 1 step or more.")
+
+
+class NullLog:
+    """The log of the ranks that write nothing: RunLog's methods, without effect.
+
+    Args:
+        config: all ranks' `MetricsConfig`.
+        total_steps: the step after which the run ends.
+        resume_step: steps already done, 0 in a fresh run.
+    """
+
+    def __init__(self, config: MetricsConfig, *, total_steps: int, resume_step: int = 0) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.resume_step = resume_step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def due(self, step: int) -> bool:
+        """Whether this step (counted from 1) is recorded; the same on every rank."""
+        return step in (self.resume_step + 1, self.total_steps) or step % self.config.log_every == 0
+
+    def step(
+        self,
+        step: int,
+        *,
+        samples: int,
+        tokens: int | None = None,
+        flops: int | None = None,
+        **values: Tensor | float,
+    ) -> None:
+        """Tell that a step is done.
+
+        Args:
+            step: its number, counted from 1.
+            samples, tokens: that it trained on, over all ranks.
+            flops: its training FLOPs over all ranks, see `dtrain.flops.training_flops`.
+            **values: scalars (`loss=…`), already reduced over the ranks; read only if the step is `due`.
+        """
+
+    def note(self, text: str) -> None:
+        """Say something once, on the screen and in the run's metrics (a path that is not taken)."""
+
+    def skipped(self, files: Iterable[tuple[str, str]]) -> None:
+        """Add (source, reason) of inputs that were passed over; repeated sources count once."""
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Time spent inside (sampling, saving) does not count as step time."""
+        yield
+
+    def summary(self) -> dict[str, Any]:
+        """The run so far, in figures; empty on ranks that record nothing."""
+        return {}
+
+
+@dataclass
+class _Window:
+    """Work since the last record."""
+
+    start: float
+    steps: int = 0
+    samples: int = 0
+    tokens: int | None = 0
+    flops: int | None = 0
+
+
+class RunLog(NullLog):
+    """Records a run; for rank 0. Use as a context manager: a clean exit writes summary.json and shows it.
+
+    Args:
+        config: see `MetricsConfig`.
+        folder: the run's folder; metrics.jsonl of an earlier part of the run is continued.
+        total_steps: the step after which the run ends.
+        resume_step: steps already done. Records of later steps are dropped: they will be made again.
+        device: where the run computes; its name gives the peak for MFU.
+        dtype: of the matrix products, for the peak.
+        world: number of ranks, one device each.
+        local_world: ranks on this host, whose GPUs' energy can be read; scaled by world / local_world.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: MetricsConfig,
+        folder: Path,
+        *,
+        total_steps: int,
+        resume_step: int = 0,
+        device: torch.device,
+        dtype: torch.dtype,
+        world: int = 1,
+        local_world: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(config, total_steps=total_steps, resume_step=resume_step)
+        self.folder, self.device, self.world, self.local_world = folder, device, world, local_world
+        self._clock = clock
+        self._peak = flops.peak_flops(_device_name(device), dtype)
+        self._records: list[Record] = []
+        self._skipped: dict[str, str] = {}
+        self._samples = 0
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        dropped = drop_after(self.path, self.resume_step)
+        self._lines = self.path.open("a", encoding="utf-8")
+        self._board = _board(self.folder, self.resume_step) if self.config.tensorboard else None
+        self._display = Display(self.config.progress, self.total_steps, self.resume_step)
+        uuids = telemetry.cuda_uuids(self.local_world) if self.device.type == "cuda" else []
+        self._watch = telemetry.watch(uuids)
+        if dropped:
+            self.note(f"{dropped} records after step {self.resume_step} dropped from {self.path.name}")
+        if self._peak is None:
+            self.note(f"MFU is not recorded: the peak FLOP/s of {_device_name(self.device)} is not known")
+        self._began = self._clock()
+        self._window = _Window(self._began)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._display.close()
+        if error is None:
+            summary = self.summary()
+            (self.folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
+            if self.config.progress != "none":
+                show_summary(summary)
+        if self._watch is not None:
+            self._watch.close()
+        if self._board is not None:
+            self._board.close()
+        self._lines.close()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def step(
+        self,
+        step: int,
+        *,
+        samples: int,
+        tokens: int | None = None,
+        flops: int | None = None,
+        **values: Tensor | float,
+    ) -> None:
+        window = self._window
+        window.steps += 1
+        window.samples += samples
+        window.tokens = None if tokens is None or window.tokens is None else window.tokens + tokens
+        window.flops = None if flops is None or window.flops is None else window.flops + flops
+        self._samples += samples
+        if self.due(step):
+            # Reading the values waits for the device, so the clock is read after them.
+            scalars = {name: _scalar(name, value) for name, value in values.items()}
+            self._record({"step": step} | scalars | self._rates(self._clock() - window.start))
+            self._window = _Window(self._clock())
+        self._display.advance(step)
+
+    def note(self, text: str) -> None:
+        self._display.note(text)
+        self._write({"note": text})
+
+    def skipped(self, files: Iterable[tuple[str, str]]) -> None:
+        for source, reason in files:
+            self._skipped.setdefault(source, reason)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        start = self._clock()
+        yield
+        self._window.start += self._clock() - start
+
+    def summary(self) -> dict[str, Any]:
+        """The part of the run since its start or resumption.
+
+        Rates are medians over the records without the first step, which compiles and warms up; energy is that
+        of everything, sampling and saving too, and null where NVML cannot read it.
+        """
+        steady = self._records[1:] or self._records
+        last = self._records[-1] if self._records else {}
+        energy = self._energy_joules()
+        return {
+            "steps": last.get("step", self.resume_step) - self.resume_step,
+            "samples": self._samples,
+            "wall_s": self._clock() - self._began,
+            "step_ms": _median(steady, "step_ms"),
+            "samples_per_s": _median(steady, "samples_per_s"),
+            "tokens_per_s": _median(steady, "tokens_per_s"),
+            "mfu": _median(steady, "mfu"),
+            "final_loss": last.get("loss"),
+            "peak_memory_gib": max((r["memory_gib"] for r in self._records), default=None),
+            "energy_per_sample_joules": energy / self._samples if energy and self._samples else None,
+            "skipped": [{"source": source, "reason": reason} for source, reason in self._skipped.items()],
+        }
+
+    def _rates(self, seconds: float) -> Record:
+        window = self._window
+        rates: Record = {
+            "step_ms": seconds / window.steps * 1e3,
+            "samples_per_s": window.samples / seconds,
+            "tokens_per_s": window.tokens / seconds if window.tokens is not None else None,
+            "mfu": flops.mfu(window.flops, seconds, self.world, self._peak)
+            if window.flops is not None
+            else None,
+            "memory_gib": peak_memory_gib(self.device),
+        }
+        if self._watch is not None:
+            now = self._watch.read()
+            rates |= {"gpu_utilisation": now.utilisation, "gpu_power_watts": now.power_watts}
+        return rates
+
+    def _record(self, record: Record) -> None:
+        self._records.append(record)
+        self._write(record)
+        self._display.record(record)
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, record["step"])
+
+    def _write(self, line: Record) -> None:
+        self._lines.write(json.dumps(_finite(line)) + "\n")
+        self._lines.flush()
+
+    def _energy_joules(self) -> float | None:
+        if self._watch is None:
+            return None
+        return self._watch.read().energy_joules * self.world / self.local_world
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read metrics.jsonl: its records in order, without notes and without a line that a crash cut short."""
+    return [line for line in _lines(path) if "step" in line]
+
+
+def drop_after(path: Path, step: int) -> int:
+    """Remove the records of steps after `step` from a metrics.jsonl, if there is one; return their number."""
+    if not path.exists():
+        return 0
+    lines = _lines(path)
+    kept = [line for line in lines if line.get("step", 0) <= step]
+    if step == 0:
+        kept = []
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(replacement, path)
+    return sum("step" in line for line in lines) - sum("step" in line for line in kept)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory so far: allocated on a CUDA device, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1024**3
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1024**3
+
+
+def _lines(path: Path) -> list[Record]:
+    whole = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            whole.append(json.loads(text))
+        except json.JSONDecodeError:
+            logger.warning("%s: an incomplete line was dropped", path)
+    return whole
+
+
+def _scalar(name: str, value: Tensor | float) -> float:
+    if isinstance(value, DTensor):
+        raise TypeError(f"{name} is a DTensor: reduce it over the ranks before it is logged")
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: name them as strings, which float() reads back."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _median(records: list[Record], name: str) -> float | None:
+    values = [record[name] for record in records if record[name] is not None]
+    return statistics.median(values) if values else None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _board(folder: Path, resume_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
