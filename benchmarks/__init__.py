@@ -1,0 +1,1 @@
+"""Measurements of what each technique gains: `python -m benchmarks --help`, docs/benchmarks.md."""

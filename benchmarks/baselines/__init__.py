@@ -1,0 +1,1 @@
+"""What the cases are held against: the obvious way to write the same thing."""

@@ -1,0 +1,74 @@
+"""README tables from result files: what a README says is what was measured.
+
+A README holds `<!-- benchmarks:CASE:start -->` and `<!-- benchmarks:CASE:end -->`; everything between the two
+is replaced by the newest result of that case. Rendering twice changes nothing.
+"""
+
+import re
+from collections.abc import Iterable
+
+from benchmarks import text
+from benchmarks.result import Ratio, Result
+
+_BLOCK = re.compile(
+    r"(?P<start><!-- benchmarks:(?P<name>\S+):start -->\n).*?(?P<end><!-- benchmarks:(?P=name):end -->)",
+    re.DOTALL,
+)
+_MARKER = re.compile(r"<!-- benchmarks:(\S+):(?:start|end) -->")
+
+
+def render(document: str, results: Iterable[Result]) -> str:
+    """The document with every marked block rewritten.
+
+    Raises:
+        ValueError: a marker without its partner, or a block whose case has no recorded result.
+    """
+    by_case = {result.case: result for result in results}
+
+    def block(match: re.Match[str]) -> str:
+        if match["name"] not in by_case:
+            known = ", ".join(sorted(by_case)) or "none"
+            raise ValueError(
+                f"benchmarks:{match['name']}: no result is recorded for this marker; recorded: {known}"
+            )
+        return f"{match['start']}{table(by_case[match['name']])}{match['end']}"
+
+    for orphan in _MARKER.findall(_BLOCK.sub("", document)):
+        raise ValueError(
+            f"benchmarks:{orphan}: a start marker needs its end marker on a later line, and none between"
+        )
+    return _BLOCK.sub(block, document)
+
+
+def unmarked(document: str, results: Iterable[Result]) -> list[str]:
+    """Cases that have a result and no place in the document."""
+    return [result.case for result in results if f"<!-- benchmarks:{result.case}:start -->" not in document]
+
+
+def table(result: Result) -> str:
+    """Markdown: contestants down, metrics across, then where the numbers are from."""
+    metrics = list(result.contestants[result.baseline])
+    header = [result.title, *(text.title(metric) for metric in metrics)]
+    rows = [[name, *_cells(result, name, metrics)] for name in result.contestants]
+    lines = [_row(header), _row(["---", *("---:" for _ in metrics)]), *map(_row, rows)]
+    notes = [text.floor(result), text.gates(result), f"{text.provenance(result)}; `{result.command}`"]
+    return "\n".join([*lines, "", "<sub>" + "<br>".join(notes) + "</sub>", ""])
+
+
+def _cells(result: Result, name: str, metrics: list[str]) -> list[str]:
+    cells = []
+    for metric in metrics:
+        m = result.contestants[name][metric]
+        ratio = ratio_of(result, name, metric)
+        gain = f"**{text.gain(ratio)}**" if ratio else "no ratio"
+        cells.append(text.quantity(m.value, m.unit) + ("" if name == result.baseline else f"<br>{gain}"))
+    return cells
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def ratio_of(result: Result, contestant: str, metric: str) -> Ratio | None:
+    """The gain of a contestant in a metric; None for the baseline and behind a red gate."""
+    return next((r for r in result.ratios if (r.contestant, r.metric) == (contestant, metric)), None)

@@ -1,0 +1,137 @@
+"""The result of one run of one case, and its file.
+
+These dataclasses are the format; `schema.json` is written from them (`python -m benchmarks schema`). A change
+that an old reader would misread raises SCHEMA_VERSION.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.case import Better
+from benchmarks.schema import decode
+
+SCHEMA_VERSION = 1
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one contestant."""
+
+    value: float = field(metadata={"help": "median of the samples"})
+    low: float = field(metadata={"help": "lower end of the median's 95 % interval"})
+    high: float = field(metadata={"help": "upper end of the median's 95 % interval"})
+    unit: str = field(metadata={"help": "unit of all numbers here"})
+    better: Better = field(metadata={"help": "which direction is an improvement"})
+    samples: tuple[float, ...] = field(metadata={"help": "one a round, in order; just one if counted"})
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A contestant's gain over the baseline in one metric, from rounds in which both ran side by side."""
+
+    contestant: str = field(metadata={"help": "who is compared with the baseline"})
+    metric: str = field(metadata={"help": "in which metric"})
+    value: float = field(metadata={"help": "median of the rounds' gains; over 1 is better in any metric"})
+    low: float = field(metadata={"help": "lower end of the median's 95 % interval"})
+    high: float = field(metadata={"help": "upper end of the median's 95 % interval"})
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """A correctness check of one contestant against the baseline. One red gate: no ratios for it."""
+
+    name: str = field(metadata={"help": "what was checked"})
+    contestant: str = field(metadata={"help": "who was checked"})
+    passed: bool = field(metadata={"help": "error <= limit"})
+    error: float | None = field(metadata={"help": "what was measured; null if it is not a finite number"})
+    limit: float = field(metadata={"help": "largest error that passes"})
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the work must cost, and the time that this implies at rates measured just before."""
+
+    flops: int = field(metadata={"help": "floating-point operations that any implementation must do"})
+    bytes: int = field(
+        metadata={"help": "bytes that any implementation must move through the device's memory"}
+    )
+    reason: str = field(metadata={"help": "what was counted"})
+    flops_per_s: float = field(metadata={"help": "fastest matrix product seen, in the case's dtype"})
+    bytes_per_s: float = field(metadata={"help": "fastest large copy seen, bytes read plus bytes written"})
+    floor_ms: float = field(metadata={"help": "max(flops / flops_per_s, bytes / bytes_per_s), in ms"})
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the case ran."""
+
+    kind: Literal["cpu", "cuda"] = field(metadata={"help": "type of device"})
+    name: str = field(metadata={"help": "model name"})
+    count: int = field(metadata={"help": "devices of this kind: usable cores, or visible GPUs"})
+    memory_bytes: int = field(metadata={"help": "memory of the machine, or of one GPU"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run of one case."""
+
+    schema_version: int = field(metadata={"help": "version of this format"})
+    case: str = field(metadata={"help": "name of the case"})
+    title: str = field(metadata={"help": "what the case compares, for people"})
+    baseline: str = field(metadata={"help": "contestant that the ratios refer to"})
+    contestants: dict[str, dict[str, Measurement]] = field(
+        metadata={"help": "contestant -> metric -> measurement"}
+    )
+    ratios: tuple[Ratio, ...] = field(metadata={"help": "gains over the baseline, behind green gates only"})
+    gates: tuple[GateResult, ...] = field(metadata={"help": "correctness checks, made before the timing"})
+    floor: Floor = field(metadata={"help": "lower bound of the time"})
+    device: Device = field(metadata={"help": "where it ran"})
+    versions: dict[str, str | None] = field(
+        metadata={"help": "python, torch, triton, cuda, driver; null where absent"}
+    )
+    threads: int = field(metadata={"help": "CPU threads that PyTorch used inside an operator"})
+    rounds: int = field(metadata={"help": "timed rounds; each runs every contestant once"})
+    warmup: int = field(metadata={"help": "untimed rounds before them"})
+    commit: str | None = field(metadata={"help": "git commit of the code; null outside a clone"})
+    dirty: bool | None = field(
+        metadata={"help": "whether tracked files differed from that commit; null outside a clone"}
+    )
+    date: str = field(metadata={"help": "start, ISO 8601, UTC"})
+    command: str = field(metadata={"help": "how to repeat the run"})
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates)
+
+
+def write(result: Result, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read(path: Path) -> Result:
+    """Read and validate a result file.
+
+    Raises:
+        ValueError: not a result file of this format; names the file and the first fault.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"$.schema_version = {version!r}: this reader knows {SCHEMA_VERSION}")
+        result: Result = decode(Result, data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return result
+
+
+def latest(folder: Path = RESULTS) -> list[Result]:
+    """The newest result of each case in a folder, by case name."""
+    newest: dict[str, Result] = {}
+    for result in sorted(map(read, folder.glob("*.json")), key=lambda r: r.date):
+        newest[result.case] = result
+    return [newest[name] for name in sorted(newest)]
