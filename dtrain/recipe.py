@@ -82,8 +82,9 @@ class Recipe:
     sample: Callable[[nn.Module, SampleRequest], list[Clip]] | None = None
     """Generates clips, on every rank at once: how often it calls the model depends on `count` only."""
     save_clips: Callable[[Sequence[Clip], Path], list[Path]] | None = None
-    """Writes clips as files people can open (videos, a contact sheet); called on rank 0."""
-    score: Callable[[Sequence[Clip]], Mapping[str, float]] | None = None
-    """Figures of merit of generated clips by name, units in the name (`psnr_db`); called on rank 0."""
-    fingerprint: Callable[[], str] | None = None
-    """Identifies the data. Ranks must agree on it, and a resumed run says when it has changed."""
+    """Writes clips into a folder as files that people can open; called on rank 0."""
+    score: Callable[[Sequence[Clip], int, Path], Mapping[str, float]] | None = None
+    """(clips, the run's seed, folder) -> figures of merit, units in their names (`psnr_db`); may write a
+    picture of the comparison into the folder; called on rank 0."""
+    fingerprint: Callable[[int], str] | None = None
+    """(the run's seed) -> what identifies the data: ranks must agree, a resumed run says if it changed."""

@@ -211,12 +211,12 @@ class Trainer:
         )
         if not self.world.is_main:
             return
+        folder = self.config.run_dir / "samples" / f"step-{step:08d}"
         if self.recipe.save_clips:
-            paths = self.recipe.save_clips(clips, self.config.run_dir / "samples" / f"step-{step:08d}")
-            log.note(f"step {step}: samples in {paths[-1].parent}")
-        if self.recipe.score:
-            scores = {name: round(value, 2) for name, value in self.recipe.score(clips).items()}
-            log.note(f"step {step}: " + ", ".join(f"{name} {value}" for name, value in scores.items()))
+            self.recipe.save_clips(clips, folder)
+        scores = self.recipe.score(clips, self.config.seed, folder) if self.recipe.score else {}
+        figures = "".join(f", {name} {value:.2f}" for name, value in scores.items())
+        log.note(f"step {step}: samples in {folder}{figures}")
 
     def _data(self) -> Iterator[Batch]:
         config, world = self.config, self.world
@@ -239,10 +239,12 @@ class Trainer:
                 f"decides its data order and noise: set seed = {progress.seed}, or start a new run."
             )
         self.state.load(choice[0])
+        if progress.fingerprint != self.fingerprint and self.world.is_main:
+            logger.warning("the data has changed since %s was written: samples will differ", choice[0])
         return progress
 
     def _agreed_fingerprint(self) -> str:
-        mine = self.recipe.fingerprint() if self.recipe.fingerprint else ""
+        mine = self.recipe.fingerprint(self.config.seed) if self.recipe.fingerprint else ""
         all_ranks: list[str] = [""] * self.world.size
         dist.all_gather_object(all_ranks, mine)
         different = [rank for rank, other in enumerate(all_ranks) if other != all_ranks[0]]
@@ -257,13 +259,14 @@ class Trainer:
 
     def _open_log(self) -> NullLog:
         config, world = self.config, self.world
-        steps = {"total_steps": config.train.steps, "resume_step": self.progress.step}
+        total, done = config.train.steps, self.progress.step
         if not world.is_main:
-            return NullLog(config.metrics, **steps)
+            return NullLog(config.metrics, total_steps=total, resume_step=done)
         return RunLog(
             config.metrics,
             config.run_dir,
-            **steps,
+            total_steps=total,
+            resume_step=done,
             device=world.device,
             dtype=compute_dtype(config.shard, world.device.type),
             world=world.size,
