@@ -54,7 +54,7 @@ class VideoIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the usable files' names, captions, classes, lengths and sizes; pixels are not read for it."""
+        """Hash of the usable files' names, captions, classes, lengths and sizes; not of pixels."""
         return _hash(self.entries, self.classes)
 
 
@@ -94,7 +94,7 @@ class VideoFolder:
         self.index = scan(config, progress=progress)
         self.classes = self.index.classes
         self.skipped = self.index.skipped
-        self.fingerprint = _hash(self.index.fingerprint, replace(config, path="", workers=0), seed)
+        self.fingerprint = _hash(self.index.fingerprint, replace(config, path=".", workers=0), seed)
         # (entry, start frame), None where the start is drawn at every visit
         self._items: list[tuple[Entry, int | None]] = [
             (entry, start) for entry in self.index.entries for start in self._fixed_starts(entry)
