@@ -58,7 +58,6 @@ def test_power_is_sampled_on_a_thread_until_it_is_closed() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_read() -> None:
     watched = watch(cuda_uuids(1))
     assert watched is not None
