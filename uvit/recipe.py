@@ -219,7 +219,10 @@ class _VideoRecipe:
 
 
 def _open_checked(config: VideoConfig, seed: int) -> ClipDataset:
-    dataset = open_dataset(config.data, seed)
+    try:
+        dataset = open_dataset(config.data, seed)
+    except ValueError as error:
+        raise ValueError(f"data.{error}") from None
     wanted = len(dataset.classes) + 1
     if config.model.condition == "class" and config.model.num_classes < wanted:
         raise ValueError(
