@@ -60,6 +60,8 @@ def train(
     """
     from dtrain.config import ConfigError, load
 
+    if ranks is not None and not dry_run:
+        raise typer.BadParameter("--ranks plans a --dry-run; torchrun --nproc-per-node starts ranks")
     # Only mistakes in the config are told without a traceback: a run may fail in other ways after days.
     with _reported(ValueError if dry_run else ConfigError):
         loaded = load(config, sets or [])

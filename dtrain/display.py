@@ -102,7 +102,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, Any]]:
         ("", "{:,.0f} tokens/s", summary["tokens_per_s"]),
         ("MFU", "{:.1%}", summary["mfu"]),
         ("final loss", "{:.4f}", summary["final_loss"]),
-        ("peak memory", "{:.2f} GiB", summary["peak_memory_gib"]),
+        ("peak memory of rank 0", "{:.2f} GiB", summary["peak_memory_gib"]),
         ("energy per sample", "{:.2f} J", summary["energy_per_sample_joules"]),
         ("skipped inputs", "{}", len(summary["skipped"])),
     ]

@@ -86,12 +86,18 @@ def dry_run(config: RunConfig, world: int) -> list[tuple[str, str]]:
             f"{accumulation} micro-batches",
         ),
         *_work_rows(recipe, config, world * accumulation, world),
-        (
-            "state per rank",
-            f"{_gib(held.total)} = parameters {_gib(held.parameters)} + gradients {_gib(held.gradients)} + "
-            f"AdamW {_gib(held.optimizer)} + EMA {_gib(held.ema)}",
-        ),
+        ("state per rank", _state(held)),
     ]
+
+
+def _state(held: StateBytes) -> str:
+    parts = {
+        "parameters": held.parameters,
+        "gradients": held.gradients,
+        "AdamW": held.optimizer,
+        "EMA": held.ema,
+    }
+    return f"{_size(held.total)} = " + " + ".join(f"{name} {_size(size)}" for name, size in parts.items())
 
 
 def _block_names(model: nn.Module, blocks: list[nn.Module]) -> str:
@@ -111,5 +117,5 @@ def _work_rows(recipe: Recipe, config: RunConfig, passes: int, world: int) -> li
     return rows
 
 
-def _gib(count: int) -> str:
-    return f"{count / 1024**3:.3f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 1024**3:,.2f} GiB" if count >= 1024**3 else f"{count / 1024**2:,.2f} MiB"

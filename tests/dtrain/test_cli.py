@@ -99,6 +99,9 @@ def test_dry_run_reports_the_run(run_toml: Path) -> None:
     assert "2 x Block: blocks.0 … blocks.1" in done.output
     assert "4 ranks = replicate 1 x shard 4" in done.output
     assert not (run_toml.parent / "runs").exists()
+    refused = dtrain("train", run_toml, "--ranks", "4")
+    assert refused.exit_code == 2
+    assert "--ranks plans a --dry-run" in refused.stderr
 
 
 def test_dry_run_counts_the_whole_step(run_toml: Path) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -58,6 +58,17 @@ class Tables:
             )
 
 
+@dataclass(frozen=True)
+class Source:
+    path: str
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class Required:
+    source: Source
+
+
 def recipe_of(model: Model) -> Recipe:
     return Recipe(
         build=lambda: nn.Linear(model.width, model.heads),
@@ -79,6 +90,9 @@ def _recipe_module(monkeypatch: pytest.MonkeyPatch) -> None:
     def plain() -> Recipe:
         return recipe_of(Model())
 
+    def needy(config: Required) -> Recipe:
+        return recipe_of(Model())
+
     def untyped(config: int) -> Recipe:
         raise AssertionError
 
@@ -93,7 +107,7 @@ def _recipe_module(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("data.path = x: no such folder")
 
     clashing.__annotations__["config"] = Clash
-    for factory in (video, plain, untyped, clashing, failing):
+    for factory in (video, plain, needy, untyped, clashing, failing):
         setattr(module, factory.__name__, factory)
     monkeypatch.setitem(__import__("sys").modules, "my_recipes", module)
 
@@ -197,6 +211,15 @@ def test_none_is_written_as_a_word() -> None:
 )
 def test_one_line_says_field_value_and_fix(more: dict[str, Any], line: str) -> None:
     assert problems(**more) == [line]
+
+
+def test_what_must_be_given() -> None:
+    assert problems(recipe="my_recipes:needy") == ["source is missing: it must be a table"]
+    missing = ["source.path is missing: it must be a string"]
+    assert problems(recipe="my_recipes:needy", source={"classes": 2}) == missing
+    config = from_table(table(recipe="my_recipes:needy", source={"path": "x"}))
+    assert config.recipe_config == Required(Source("x"))
+    assert [f.default for f in fields("source.path", "my_recipes:needy")] == [MISSING]
 
 
 def test_all_problems_are_listed_at_once() -> None:
