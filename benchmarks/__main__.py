@@ -132,7 +132,7 @@ def main() -> None:
     logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(show_path=False)])
     try:
         app(prog_name="python -m benchmarks")
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         console.print(f"error: {error}", style="red")
         raise SystemExit(2) from None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import text
 from benchmarks.report import ratio_of
-from benchmarks.result import Measurement, Result
+from benchmarks.result import Measurement, Ratio, Result
 
 _STYLE = Path(__file__).with_suffix(".css").read_text("utf-8")
 
@@ -28,9 +28,9 @@ def page(results: Iterable[Result]) -> str:
 def _section(result: Result) -> str:
     metrics = result.contestants[result.baseline]
     plots = "\n".join(_metric(result, name) for name in metrics)
-    tone = "soft" if result.passed else "red"
+    tone = "soft" if result.passed else "bad"
     gates = f'<p class="{tone}">{escape(text.gates(result).replace("**", ""))}</p>'
-    notes = f'<p class="soft">{escape(text.floor(result))}</p>{gates}'
+    notes = f'<p class="soft notes">{escape(text.floor(result))}</p>{gates}'
     source = f'<p class="soft">{escape(text.provenance(result))}<br><code>{escape(result.command)}</code></p>'
     heading = f"<h2>{escape(result.title)}</h2>"
     return f'<section id="{escape(result.case)}">{heading}{plots}\n{notes}{source}</section>'
@@ -41,15 +41,13 @@ def _metric(result: Result, metric: str) -> str:
     scale = max(m.high for m in measured.values()) or 1.0
     floor = result.floor.floor_ms / scale if next(iter(measured.values())).unit == "ms" else None
     rows = "".join(_bar(result, name, metric, scale, floor) for name in measured)
-    return f"<h3>{escape(text.title(metric))}</h3>{rows}{_trace(result, measured)}"
+    better = f'<span class="soft">{next(iter(measured.values())).better} is better</span>'
+    return f"<h3>{escape(text.title(metric))} {better}</h3>{rows}{_trace(result, measured)}"
 
 
 def _bar(result: Result, name: str, metric: str, scale: float, floor: float | None) -> str:
     m = result.contestants[name][metric]
-    ratio = ratio_of(result, name, metric)
-    gain = f' <span class="gain">{text.gain(ratio)}</span>' if ratio else ""
-    if name != result.baseline and ratio is None:
-        gain = ' <span class="red">no ratio</span>'
+    gain = "" if name == result.baseline else " " + _gain(ratio_of(result, name, metric))
     shapes = f'<rect class="{_kind(result, name)}" width="{100 * m.value / scale:.3f}" y="1" height="8"/>'
     shapes += _line(100 * m.low / scale, 100 * m.high / scale) if len(m.samples) > 1 else ""
     if floor is not None:
@@ -57,6 +55,13 @@ def _bar(result: Result, name: str, metric: str, scale: float, floor: float | No
     svg = f'<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{shapes}</svg>'
     value = f'<span class="value">{escape(text.measured(m))}{gain}</span>'
     return f'<div class="row"><span>{escape(name)}</span>{svg}{value}</div>'
+
+
+def _gain(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return '<span class="bad">no ratio</span>'
+    verdict = "good" if ratio.low > 1 else "bad" if ratio.high < 1 else "soft"
+    return f'<span class="{verdict}">{text.gain(ratio)}</span>'
 
 
 def _line(start: float, end: float) -> str:

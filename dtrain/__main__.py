@@ -58,23 +58,25 @@ def train(
 
         python -m dtrain train run.toml --dry-run --ranks 64
     """
-    from dtrain.config import ConfigError, load
+    from dtrain.config import load
 
     if ranks is not None and not dry_run:
         raise typer.BadParameter("--ranks plans a --dry-run; torchrun --nproc-per-node starts ranks")
-    # Only mistakes in the config are told without a traceback: a run may fail in other ways after days.
-    with _reported(ValueError if dry_run else ConfigError):
+    with _reported(ValueError):
         loaded = load(config, sets or [])
-        _set_up_logging("dtrain", loaded.recipe.partition(":")[0].partition(".")[0])
-        if dry_run:
-            from dtrain.describe import show_rows
-            from dtrain.dist import environment_world_size
-            from dtrain.dryrun import dry_run as plan
+    package = loaded.recipe.partition(":")[0].partition(".")[0]
+    _set_up_logging("dtrain", package)
+    if dry_run:
+        from dtrain.describe import show_rows
+        from dtrain.dist import environment_world_size
+        from dtrain.dryrun import dry_run as plan
 
+        with _reported(ValueError):
             show_rows("dry run: nothing was trained", plan(loaded, ranks or environment_world_size()))
-        else:
-            from dtrain.trainer import train as run
+    else:
+        from dtrain.trainer import train as run
 
+        with _mistakes_reported("dtrain", package):
             run(loaded)
 
 
@@ -181,6 +183,36 @@ def _reported(*kinds: type[Exception]) -> Iterator[None]:
         if _is_main():
             typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def _mistakes_reported(*packages: str) -> Iterator[None]:
+    """Turn a ValueError that one of these packages raised itself into one message and exit code 2.
+
+    That is how they tell of a user's mistake; any other exception is a fault and keeps its traceback. Every
+    rank speaks, because the mistake (a folder that one host lacks) may be on one of them only.
+    """
+    from dtrain.config import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:  # before the process group, and so the same on every rank
+        if _is_main():
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except ValueError as error:
+        if _raised_in(error).partition(".")[0] not in packages:
+            raise
+        typer.echo(f"[rank {os.environ.get('RANK', '0')}] error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _raised_in(error: Exception) -> str:
+    """Name of the module whose code raised the exception."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return str(frame.tb_frame.f_globals.get("__name__", "")) if frame else ""
 
 
 def _pair(option: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 The names in the file are the model's own parameter names; for U-ViT these are the official ones.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,7 +36,10 @@ def read_weights(checkpoint: Path, ema: bool = True) -> dict[str, Tensor]:
         if isinstance(meta, TensorStorageMetadata):
             section, _, parameter = name.partition(".")
             full[section][parameter] = torch.empty(meta.size, dtype=meta.properties.dtype)
-    load(full, checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        # PyTorch warns that it reads in one process, which is what no_dist asks for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(full, checkpoint_id=checkpoint, no_dist=True)
     return full["model"] | full[kind]
 
 

@@ -97,6 +97,8 @@ def train(config: "RunConfig") -> None:
     check_world(config, environment_world_size())
     recipe = build_recipe(config)
     resume_folder(config.checkpoint, config.run_dir / "checkpoints")
+    if recipe.fingerprint:
+        recipe.fingerprint(config.seed)  # opens the data, which may be missing
     with process_group(config.train.timeout_s) as world:
         Trainer(config, recipe, world).run()
 

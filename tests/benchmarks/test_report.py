@@ -10,7 +10,7 @@ from benchmarks.__main__ import app
 from benchmarks.compare import changes, differences
 from benchmarks.page import page
 from benchmarks.report import render, table, unmarked
-from benchmarks.result import Measurement, latest, write
+from benchmarks.result import Measurement, Ratio, latest, write
 
 README = "# x\n\n<!-- benchmarks:toy:start -->\nold\n<!-- benchmarks:toy:end -->\n\ntail\n"
 
@@ -131,6 +131,14 @@ def test_bars_are_as_long_as_their_numbers(result):
         ("ours", f"{100 * 1025 / longest_ms:.3f}"),
     ]
     assert widths[2:] == [("base", "100.000"), ("ours", f"{100 * 2 / 3:.3f}")]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(1.01, 1.2, "good"), (0.9, 1.1, "soft"), (0.8, 0.99, "bad")]
+)
+def test_page_colours_only_what_the_spread_allows(result, low, high, verdict):
+    shown = page([replace(result, ratios=(Ratio("ours", "step_ms", 1.0, low, high),))])
+    assert f'<span class="{verdict}">×1.000 [{low:.3f} – {high:.3f}]</span>' in shown
 
 
 def test_page_escapes_names(result):
