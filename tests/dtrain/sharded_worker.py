@@ -1,6 +1,6 @@
-"""Run under torchrun: trains one step unsharded and sharded, and writes how far they are apart.
+"""Run under torchrun: one backward pass unsharded and sharded; writes how far they are apart.
 
-Arguments: the file that rank 0 writes, and the models to try.
+Arguments: the file that rank 0 writes, the sizes of the replicate axis to try, the models (all when absent).
 """
 
 import copy
@@ -12,13 +12,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtrain.activations.policy import ActivationConfig
 from dtrain.dist import process_group
 from dtrain.mesh import MeshConfig, build_mesh, mean_over
 from dtrain.parallelize import ParallelConfig, parallelize
+from dtrain.recipe import Recipe
 from dtrain.shard import ShardConfig
+from dtrain.step import accumulate_gradients
 from tests.dtrain.tiny_dit import TinyDiT
 
 BATCH = 4
@@ -89,28 +92,24 @@ def _distance(a: Tensor, b: Tensor, floor: float = 0.0) -> float:
     return float((a - b).norm() / b.norm().clamp_min(floor))
 
 
-def compare(name: str, policy: str, replicate: int) -> dict[str, object]:
-    """One backward pass unsharded on the whole batch, and sharded on each rank's part of it."""
+def _filled(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     for parameter in model.parameters():  # zero-initialised gates would hide what is behind them
         torch.nn.init.normal_(parameter, std=0.1)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    sharded = copy.deepcopy(model)
-    loss = _loss(model, inputs)
-    loss.backward()
+    return model, inputs
 
-    mesh = build_mesh(MeshConfig(replicate=replicate), world, "cpu")
+
+def _shard(name: str, model: nn.Module, policy: str, replicate: int) -> tuple[nn.Module, DeviceMesh]:
+    mesh = build_mesh(MeshConfig(replicate=replicate), dist.get_world_size(), "cpu")
     config = ParallelConfig(
         activations=ActivationConfig(policy=policy),  # type: ignore[arg-type]
         shard=ShardConfig(extra_units=EXTRA_UNITS.get(name, ())),
     )
-    parallelize(sharded, mesh, config)
-    share = BATCH // world
-    local = {key: value[rank * share : (rank + 1) * share] for key, value in inputs.items()}
-    local_loss = _loss(sharded, local)
-    local_loss.backward()
+    return parallelize(copy.deepcopy(model), mesh, config), mesh
 
+
+def _gradient_distances(sharded: nn.Module, model: nn.Module) -> dict[str, float]:
     floor = 1e-3 * float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))  # type: ignore[misc]
     gradients = dict(sharded.named_parameters())
     distances = {}
@@ -119,24 +118,67 @@ def compare(name: str, policy: str, replicate: int) -> dict[str, object]:
         assert isinstance(grad, DTensor), key
         assert parameter.grad is not None, key
         distances[key] = _distance(grad.full_tensor(), parameter.grad, floor)
+    return distances
+
+
+def compare(name: str, policy: str, replicate: int) -> dict[str, object]:
+    """Unsharded on the whole batch against sharded, each rank on its part of it."""
+    model, inputs = _filled(name)
+    sharded, mesh = _shard(name, model, policy, replicate)
+    loss = _loss(model, inputs)
+    loss.backward()
+
+    share = BATCH // dist.get_world_size()
+    local = {key: value[dist.get_rank() * share :][:share] for key, value in inputs.items()}
+    local_loss = _loss(sharded, local)
+    local_loss.backward()
     return {
         "loss": _distance(mean_over(mesh, local_loss.detach()), loss.detach()),
-        "gradients": distances,
+        "gradients": _gradient_distances(sharded, model),
         "sharded_parameters": sum(p.to_local().numel() for p in sharded.parameters()),  # type: ignore[attr-defined]
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
-def main(out: str) -> None:
+def compare_accumulated(reduce_each: bool) -> dict[str, object]:
+    """The whole batch at once against micro-batches of one sample, accumulated."""
+    model, inputs = _filled("tiny_dit")
+    sharded, mesh = _shard("tiny_dit", model, "none", 1)
+    loss = _loss(model, inputs)
+    loss.backward()
+
+    share = BATCH // dist.get_world_size()
+    mine = range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    batches = [{"index": torch.tensor([i])} | {k: v[i : i + 1] for k, v in inputs.items()} for i in mine]
+    recipe = Recipe(
+        build=lambda: model,
+        init=lambda _: None,
+        loss=lambda net, batch, _: _loss(net, {key: batch[key] for key in inputs}),
+        data=lambda *_: batches,
+        flops=lambda _: 0,
+    )
+    mean = accumulate_gradients(
+        sharded, recipe, batches, seed=0, device=torch.device("cpu"), reduce_each=reduce_each
+    )
+    return {
+        "loss": _distance(mean_over(mesh, mean), loss.detach()),
+        "gradients": _gradient_distances(sharded, model),
+    }
+
+
+def main(out: str, replicates: str, *names: str) -> None:
     results = {}
     with process_group(60) as world:
-        for name in MODELS:
-            for policy, replicate in (("none", 1), ("full", 1), ("none", world.size)):
-                results[f"{name}-{policy}-{replicate}"] = compare(name, policy, replicate)
+        for name in names or MODELS:
+            for replicate in map(int, replicates.split(",")):
+                for policy in ("none", "full"):
+                    results[f"{name}-{policy}-{replicate}"] = compare(name, policy, replicate)
+        for reduce_each in (True, False):
+            results[f"accumulated-{reduce_each}"] = compare_accumulated(reduce_each)
         if world.is_main:
             with open(out, "w") as file:
                 json.dump(results, file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,5 +1,6 @@
 """Sharded on two real ranks equals unsharded, for our model and for models that know nothing of dtrain."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.activations.policy import ActivationConfig
 from dtrain.mesh import MeshConfig, build_mesh
-from dtrain.parallelize import ParallelConfig, parallelize
+from dtrain.parallelize import CompileConfig, ParallelConfig, parallelize
 from dtrain.shard import ShardConfig
 from tests.dtrain import sharded_worker
 from tests.launch import torchrun
@@ -16,18 +18,24 @@ from tests.launch import torchrun
 MODELS = ["tiny_dit", "uvit", "diffusers_dit", "diffusers_wan"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    out = tmp_path_factory.mktemp("sharded") / "distances.json"
-    torchrun(2, Path(sharded_worker.__file__), out)
+def distances(folder: Path, ranks: int, *arguments: str) -> dict[str, dict]:
+    out = folder / "distances.json"
+    torchrun(ranks, Path(sharded_worker.__file__), out, *arguments)
     return json.loads(out.read_text())
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("policy", "replicate"), [("none", 1), ("full", 1), ("none", 2)])
-def test_loss_and_every_gradient_equal(results: dict, name: str, policy: str, replicate: int) -> None:
-    result = results[f"{name}-{policy}-{replicate}"]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    return distances(tmp_path_factory.mktemp("two"), 2, "1,2")
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """Two replicas of two shards each."""
+    return distances(tmp_path_factory.mktemp("four"), 4, "2", "tiny_dit", "uvit")
+
+
+def assert_equal(result: dict) -> None:
     assert result["loss"] < 1e-6
     assert len(result["gradients"]) > 10
     assert max(result["gradients"].values()) < 1e-5, result["gradients"]
@@ -35,10 +43,33 @@ def test_loss_and_every_gradient_equal(results: dict, name: str, policy: str, re
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", MODELS)
-def test_a_rank_holds_its_share_of_the_parameters(results: dict, name: str) -> None:
-    sharded = results[f"{name}-none-1"]
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_loss_and_every_gradient_equal(two_ranks: dict, name: str, policy: str, replicate: int) -> None:
+    assert_equal(two_ranks[f"{name}-{policy}-{replicate}"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["tiny_dit", "uvit"])
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_replicate_times_shard(four_ranks: dict, name: str, policy: str) -> None:
+    result = four_ranks[f"{name}-{policy}-2"]
+    assert_equal(result)
+    assert result["sharded_parameters"] <= 0.52 * result["parameters"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("reduce_each", [True, False])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(two_ranks: dict, reduce_each: bool) -> None:
+    assert_equal(two_ranks[f"accumulated-{reduce_each}"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rank_holds_its_share_of_the_parameters(two_ranks: dict, name: str) -> None:
+    sharded = two_ranks[f"{name}-none-1"]
     assert sharded["sharded_parameters"] <= 0.52 * sharded["parameters"]
-    replicated = results[f"{name}-none-2"]
+    replicated = two_ranks[f"{name}-none-2"]
     assert replicated["sharded_parameters"] == replicated["parameters"]
 
 
@@ -72,3 +103,13 @@ def test_bf16_compute_keeps_fp32_masters_and_timesteps(single_process_group: Non
     assert seen == {"x": torch.bfloat16, "t": torch.float32, "weight": torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_compiled_blocks_give_the_same_gradients(single_process_group: None) -> None:
+    plain, inputs = sharded_worker._filled("tiny_dit")
+    compiled = copy.deepcopy(plain)
+    config = ParallelConfig(ActivationConfig(policy="full"), CompileConfig(enabled=True))
+    parallelize(compiled, build_mesh(MeshConfig(), 1, "cpu"), config)
+    for model in (plain, compiled):
+        sharded_worker._loss(model, inputs).backward()
+    assert max(sharded_worker._gradient_distances(compiled, plain).values()) < 1e-5
