@@ -9,6 +9,7 @@ import gc
 import logging
 import math
 import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
@@ -41,7 +42,9 @@ def run(case: Case, rounds: int | None = None) -> Result:
     floor = _floor(case)
     works = {name: setup() for name, setup in case.contestants.items()}
     gates = check_gates(case, works)
+    wall, cpu = time.perf_counter(), time.process_time()
     times = _time_interleaved(works, rounds, case.warmup, case.device)
+    cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
     contestants = {name: _measure(case, works[name], times[name]) for name in works}
     commit, dirty = git_state()
     return Result(
@@ -56,6 +59,7 @@ def run(case: Case, rounds: int | None = None) -> Result:
         device=describe_device(case.device),
         versions=versions(),
         threads=torch.get_num_threads(),
+        cpu_share=cpu_share,
         rounds=rounds,
         warmup=case.warmup,
         commit=commit,

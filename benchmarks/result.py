@@ -93,6 +93,7 @@ class Result:
         metadata={"help": "python, torch, triton, cuda, driver; null where absent"}
     )
     threads: int = field(metadata={"help": "CPU threads that PyTorch used inside an operator"})
+    cpu_share: float = field(metadata={"help": "CPU time / (wall time × threads) during the timing"})
     rounds: int = field(metadata={"help": "timed rounds; each runs every contestant once"})
     warmup: int = field(metadata={"help": "untimed rounds before them"})
     commit: str | None = field(metadata={"help": "git commit of the code; null outside a clone"})

@@ -41,6 +41,8 @@ def provenance(result: Result) -> str:
     device = result.device
     place = f"{device.count} × {device.name} ({quantity(device.memory_bytes, 'bytes')})"
     threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    if device.kind == "cpu":  # well under 100 %: the machine was busy with something else
+        threads += f" at {result.cpu_share:.0%}"
     commit = f"commit {result.commit[:10]}" if result.commit else "no commit"
     code = f"torch {result.versions['torch']}, {commit}{' + changes' if result.dirty else ''}"
     return f"{place}, {threads}, {code}, {result.date[:10]}, {result.rounds} rounds"

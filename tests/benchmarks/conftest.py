@@ -26,6 +26,7 @@ def result() -> Result:
         device=Device("cpu", "A CPU", 2, 8 * 2**30),
         versions={"python": "3.11.9", "torch": "2.13.0", "triton": None, "cuda": None, "driver": None},
         threads=2,
+        cpu_share=0.97,
         rounds=3,
         warmup=1,
         commit="0123456789abcdef0123456789abcdef01234567",

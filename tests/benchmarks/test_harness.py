@@ -80,6 +80,10 @@ def test_counted_bytes_and_their_ratio_are_exact(result):
     assert {r.metric: r.value for r in result.ratios}["peak_bytes"] == outer.value / matmul.value
 
 
+def test_cpu_share_is_a_share(result):
+    assert 0 < result.cpu_share < 1.1  # the two clocks are read one after the other
+
+
 def test_floor_is_the_larger_of_two_times(result):
     floor = result.floor
     assert (floor.flops, floor.bytes) == (2 * N**3, 3 * N * N * 8)

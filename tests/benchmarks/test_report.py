@@ -35,6 +35,7 @@ def test_table_has_the_numbers_of_the_result(result):
         "| ours | 1.025 s<br>**×2.000 [1.900 – 2.100]** | 200 MiB<br>**×1.500** |",
     ]
     assert "Floor 500 ms: 1,000.0 GFLOP and 1.00 GB (a product)" in rows[-1]
+    assert "A CPU (8 GiB), 2 threads at 97%, torch 2.13.0" in rows[-1]
     assert "commit 0123456789, 2026-01-02, 3 rounds; `python -m benchmarks run toy`" in rows[-1]
 
 
