@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -30,9 +30,15 @@ from dtrain.parallelize import CompileConfig
 from dtrain.recipe import Recipe
 from dtrain.schema import child, choices, hints, nearest, words
 from dtrain.shard import ShardConfig
+from dtrain.step import TrainConfig
 from dtrain.tables import TableReader, did_you_mean
 from dtrain.toml import emit_table, emit_value, entries_of, parse_value
-from dtrain.trainer import TrainConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class ConfigError(ValueError):
@@ -113,6 +119,25 @@ def from_table(table: Mapping[str, Any], source: str = "config") -> RunConfig:
         return RunConfig(**mine, recipe_config=recipe_type(**values) if recipe_type else None)
     except ValueError as error:
         _fail(source, [str(error)])
+
+
+def override(config: T, options: Mapping[str, Any], source: str) -> T:
+    """A config dataclass with some fields replaced, checked like a file's; ConfigError names every problem.
+
+    Args:
+        config: any dataclass that may stand in a config.
+        options: new values by field name, as TOML gives them.
+        source: what the message calls the place where the options come from.
+    """
+    reader = TableReader(type(config))
+    plain = {**json.loads(json.dumps(dataclasses.asdict(config))), **reader.read(options)}
+    try:
+        values = _validate(type(config), plain)
+    except ValidationError as error:
+        _fail(source, reader.problems + _explain(error, type(config), plain))
+    if reader.problems:
+        _fail(source, reader.problems)
+    return type(config)(**values)
 
 
 def check_world(config: RunConfig, world: int) -> None:

@@ -49,7 +49,9 @@ class SampleRequest:
     count: int
     seed: int
     options: Mapping[str, Any]
-    """Overrides of the recipe's sampling settings, by field name (`steps`, `guidance`, `prompt`, …)."""
+    """Overrides of the recipe's sampling settings, by field name (`steps`, `guidance`, …)."""
+    progress: Callable[[int, int], object] | None = None
+    """Called with (solver steps done, in all) where somebody watches."""
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,23 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.progress import Progress
 from torch import nn
 
 from dtrain.checkpoint import find_checkpoint
+from dtrain.config import build_recipe, load
+from dtrain.dist import World
 from dtrain.ema import EMA
 from dtrain.export import read_weights
 from dtrain.recipe import Clip, Recipe, SampleRequest
 
-if TYPE_CHECKING:
-    from dtrain.dist import World
-
 
 def draw_clips(
-    recipe: Recipe, model: nn.Module, ema: EMA | None, world: "World", count: int, seed: int
+    recipe: Recipe, model: nn.Module, ema: EMA | None, world: World, count: int, seed: int
 ) -> list[Clip]:
     """Generate `count` clips, each rank its share; rank 0 gets all of them in order, the others none.
 
@@ -65,8 +65,6 @@ def sample(
     Raises:
         ValueError: the recipe cannot sample.
     """
-    from dtrain.config import build_recipe, load
-
     config = load(run_dir / "config.toml", [])
     recipe = build_recipe(config)
     if recipe.sample is None or recipe.save_clips is None:
@@ -76,4 +74,14 @@ def sample(
     checkpoint = find_checkpoint(run_dir / "checkpoints", step)
     model.load_state_dict(read_weights(checkpoint, ema))
     model.to(device).eval()
-    return recipe.save_clips(recipe.sample(model, SampleRequest(0, count, seed, options or {})), out)
+    with Progress() as bar:
+        task = bar.add_task("sampling", total=None)
+        request = SampleRequest(
+            first=0,
+            count=count,
+            seed=seed,
+            options=options or {},
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        clips = recipe.sample(model, request)
+    return recipe.save_clips(clips, out)

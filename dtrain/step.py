@@ -1,6 +1,7 @@
 """One optimizer step: micro-batches, gradients averaged over ranks, clipping, update."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,50 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import SampleRNG, seed_everything
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run, batch sizes and samples."""
+
+    steps: int = field(default=500_000, metadata={"help": "Optimizer steps of the whole run."})
+    global_batch: int = field(
+        default=1024,
+        metadata={"help": "Samples per optimizer step over all ranks, whatever their number."},
+    )
+    micro_batch: int = field(
+        default=8,
+        metadata={
+            "help": "Samples per rank and forward pass; the rest of the global batch is accumulated over "
+            "several passes."
+        },
+    )
+    sample_every: int = field(
+        default=0, metadata={"help": "Generate clips every this many steps and at the end; 0: never."}
+    )
+    samples: int = field(default=4, metadata={"help": "Clips generated each time."})
+    timeout_s: float = field(
+        default=600.0, metadata={"help": "Seconds that a collective waits for a missing rank."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} = {getattr(self, name)}: must be 1 or more.")
+        if self.sample_every < 0:
+            raise ValueError(f"train.sample_every = {self.sample_every}: must be 0 or more.")
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches per rank and step; ValueError when the sizes do not divide."""
+        per_pass = self.micro_batch * world
+        if self.global_batch % per_pass:
+            below = self.global_batch // per_pass * per_pass
+            nearest = f"{below} or {below + per_pass}" if below else str(per_pass)
+            raise ValueError(
+                f"train.global_batch = {self.global_batch} is not a multiple of train.micro_batch x ranks = "
+                f"{self.micro_batch} x {world} = {per_pass}: use {nearest}, or another micro_batch."
+            )
+        return self.global_batch // per_pass
 
 
 class StepResult(NamedTuple):

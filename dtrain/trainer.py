@@ -7,8 +7,7 @@ for each step: batches -> forward and backward -> clip -> AdamW -> EMA -> metric
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from dtrain.checkpoint import (
     read_progress,
     resume_folder,
 )
+from dtrain.config import RunConfig, build_recipe, check_world, to_toml
 from dtrain.dist import World, environment_world_size, process_group
 from dtrain.ema import EMA
 from dtrain.flops import training_flops
@@ -35,65 +35,16 @@ from dtrain.sampling import draw_clips
 from dtrain.shard import compute_dtype
 from dtrain.step import train_step
 
-if TYPE_CHECKING:
-    from dtrain.config import RunConfig
-
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Length of the run, batch sizes and samples."""
-
-    steps: int = field(default=500_000, metadata={"help": "Optimizer steps of the whole run."})
-    global_batch: int = field(
-        default=1024,
-        metadata={"help": "Samples per optimizer step over all ranks, whatever their number."},
-    )
-    micro_batch: int = field(
-        default=8,
-        metadata={
-            "help": "Samples per rank and forward pass; the rest of the global batch is accumulated over "
-            "several passes."
-        },
-    )
-    sample_every: int = field(
-        default=0, metadata={"help": "Generate clips every this many steps and at the end; 0: never."}
-    )
-    samples: int = field(default=4, metadata={"help": "Clips generated each time."})
-    timeout_s: float = field(
-        default=600.0, metadata={"help": "Seconds that a collective waits for a missing rank."}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} = {getattr(self, name)}: must be 1 or more.")
-        if self.sample_every < 0:
-            raise ValueError(f"train.sample_every = {self.sample_every}: must be 0 or more.")
-
-    def accumulation(self, world: int) -> int:
-        """Micro-batches per rank and step; ValueError when the sizes do not divide."""
-        per_pass = self.micro_batch * world
-        if self.global_batch % per_pass:
-            below = self.global_batch // per_pass * per_pass
-            nearest = f"{below} or {below + per_pass}" if below else str(per_pass)
-            raise ValueError(
-                f"train.global_batch = {self.global_batch} is not a multiple of train.micro_batch x ranks = "
-                f"{self.micro_batch} x {world} = {per_pass}: use {nearest}, or another micro_batch."
-            )
-        return self.global_batch // per_pass
-
-
-def train(config: "RunConfig") -> None:
+def train(config: RunConfig) -> None:
     """Run or resume the training run that `config` describes, on this process's rank of the world.
 
     Raises:
         ValueError: the config does not fit the world, the data or the checkpoint; before any process group
             starts where that can be known.
     """
-    from dtrain.config import build_recipe, check_world
-
     check_world(config, environment_world_size())
     recipe = build_recipe(config)
     resume_folder(config.checkpoint, config.run_dir / "checkpoints")
@@ -103,7 +54,7 @@ def train(config: "RunConfig") -> None:
         Trainer(config, recipe, world).run()
 
 
-def materialise(recipe: Recipe, config: "RunConfig", world: World, mesh: Any) -> nn.Module:
+def materialise(recipe: Recipe, config: RunConfig, world: World, mesh: Any) -> nn.Module:
     """Build the model without memory, shard it, then give each rank its filled shards."""
     with torch.device("meta"):
         model = recipe.build()
@@ -124,7 +75,7 @@ class Trainer:
         world: this rank's place; the process group is up.
     """
 
-    def __init__(self, config: "RunConfig", recipe: Recipe, world: World) -> None:
+    def __init__(self, config: RunConfig, recipe: Recipe, world: World) -> None:
         self.config, self.recipe, self.world = config, recipe, world
         self.accumulation = config.train.accumulation(world.size)
         self.mesh = build_mesh(config.mesh, world.size, world.device.type)
@@ -136,6 +87,7 @@ class Trainer:
         self.checkpointer = Checkpointer(
             config.run_dir / "checkpoints", config.checkpoint, dist.new_group(backend="gloo"), world.is_main
         )
+        self.skipped: set[tuple[str, str]] = set()
         self.fingerprint = self._agreed_fingerprint()
         self.progress = self._resume()
 
@@ -148,7 +100,7 @@ class Trainer:
             self._say_start(log)
             batches = iter(self._data())
             for step in range(self.progress.step, total):
-                self._step(step, list(itertools.islice(batches, self.accumulation)), log)
+                self._step(step, self._next(batches), log)
                 with log.untimed():
                     self._after_step(step + 1, log)
             self.checkpointer.wait()
@@ -156,6 +108,12 @@ class Trainer:
         if self.world.is_main:
             loss_curve(self.config.run_dir / "metrics.jsonl", self.config.run_dir / "loss.png")
         dist.barrier()
+
+    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
+        taken = list(itertools.islice(batches, self.accumulation))
+        if len(taken) < self.accumulation:
+            raise ValueError(f"Recipe.data ended after step {self.progress.step}: it must be endless.")
+        return taken
 
     def _step(self, step: int, batches: list[Batch], log: NullLog) -> None:
         config = self.config
@@ -173,7 +131,7 @@ class Trainer:
         if self.ema:
             self.ema.update(step)
         for batch in batches:
-            self._skipped.update(batch.get("skipped", ()))
+            self.skipped.update(batch.get("skipped", ()))
         self._log_step(step + 1, batches, log, lr=lr, loss=result.loss, grad_norm=result.grad_norm)
         self.progress = Progress(
             step + 1,
@@ -231,7 +189,6 @@ class Trainer:
             resume_folder(self.config.checkpoint, self.checkpointer.folder) if self.world.is_main else None
         ]
         dist.broadcast_object_list(choice)
-        self._skipped: set[tuple[str, str]] = set()
         if choice[0] is None:
             return Progress(0, 0, self.config.seed, self.world.size, self.fingerprint)
         progress = read_progress(choice[0])
@@ -256,7 +213,7 @@ class Trainer:
 
     def _gather_skipped(self, log: NullLog) -> None:
         everyone: list[set[tuple[str, str]]] = [set()] * self.world.size
-        dist.all_gather_object(everyone, self._skipped)
+        dist.all_gather_object(everyone, self.skipped)
         log.skipped(sorted(set().union(*everyone)))
 
     def _open_log(self) -> NullLog:
@@ -276,8 +233,6 @@ class Trainer:
         )
 
     def _write_config(self) -> None:
-        from dtrain.config import to_toml
-
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         (self.config.run_dir / "config.toml").write_text(to_toml(self.config))
 

@@ -6,17 +6,18 @@ Its tables are `[model]`, `[objective]`, `[data]`, `[text]` and `[sample]`. Clip
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 import uvit
+from dtrain.config import override
 from dtrain.data import loader
+from dtrain.dist import environment_rank
 from dtrain.init import fill_parameters
 from dtrain.recipe import Batch, Clip, DataState, Recipe, SampleRequest
 from dtrain.rng import SampleRNG
@@ -169,7 +170,7 @@ class _VideoRecipe:
         return self.objective.loss(model, video_BCTHW, rng, tokens=self.tokens_per_sample, **condition)
 
     def sample(self, model: nn.Module, request: SampleRequest) -> list[Clip]:
-        table = _with_options(self.config.sample, request.options)
+        table = override(self.config.sample, request.options, "sampling options")
         items = range(request.first, request.first + request.count)
         captions, labels = self._asked(table, items, request.seed)
         device = next(model.parameters()).device
@@ -182,7 +183,7 @@ class _VideoRecipe:
             table,
             tokens=self.tokens_per_sample,
             null=self._null(),
-            progress=None,
+            progress=request.progress,
             **{name: value.to(device) for name, value in condition.items()},
         )
         fps = (self.config.data.fps or 8.0) / self.config.data.stride
@@ -220,7 +221,7 @@ class _VideoRecipe:
 
 def _open_checked(config: VideoConfig, seed: int) -> ClipDataset:
     try:
-        dataset = open_dataset(config.data, seed)
+        dataset = open_dataset(config.data, seed, progress=environment_rank() == 0)
     except ValueError as error:
         raise ValueError(f"data.{error}") from None
     wanted = len(dataset.classes) + 1
@@ -230,17 +231,3 @@ def _open_checked(config: VideoConfig, seed: int) -> ClipDataset:
             f"guidance needs a null label besides: set it to {wanted}."
         )
     return dataset
-
-
-def _with_options(table: SampleTable, options: Mapping[str, Any]) -> SampleTable:
-    """The sampling settings with some replaced.
-
-    Raises:
-        ValueError: an option that there is not.
-    """
-    names = [f.name for f in fields(table)]
-    for name in options:
-        if name not in names:
-            near = get_close_matches(name, names, n=1) or names
-            raise ValueError(f"sampling option {name!r}: there is no such setting; try {', '.join(near)}.")
-    return replace(table, **options)

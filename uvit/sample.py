@@ -26,7 +26,7 @@ from torch import Tensor
 from dtrain.rng import SampleRNG
 from uvit.guidance import Predict, guided
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 """Called after every step with (steps done, steps in all)."""
 
 

@@ -109,6 +109,11 @@ def test_two_ranks_train_on_a_folder_with_broken_files(tmp_path: Path, clips: Pa
     out = tmp_path / "sampled"
     run_python("-m", "dtrain", "sample", run, "--out", out, "--count", 2, "--option", 'prompts=["a walk"]')
     assert sorted(path.name for path in out.glob("*.mp4")) == ["000_a_walk.mp4", "001_a_walk.mp4"]
+    wrong = ("--option", "stops=9", "--option", "steps=many")
+    refused = run_python("-m", "dtrain", "sample", run, "--out", out, *wrong, check=False)
+    assert refused.returncode == 2
+    assert "stops = 9: no such field; did you mean steps?" in refused.stderr
+    assert 'steps = "many": must be an integer' in refused.stderr
 
 
 @pytest.mark.distributed
