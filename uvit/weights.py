@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uvit import UniDiffuser, UniDiffuserConfig, UViT, UViTConfig, build
-from uvit.config import Grid
+from uvit.config import Grid, UniDiffuserConfig, UViTConfig
 from uvit.embed import fit_positions
+from uvit.factory import build
+from uvit.model import UViT
+from uvit.unidiffuser import UniDiffuser
 
 _log = logging.getLogger(__name__)
 
