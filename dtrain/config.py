@@ -177,7 +177,8 @@ def find_factory(spec: Any, source: str = "config") -> Callable[..., Recipe]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        hint = did_you_mean(nearest(module_name, list(_sibling_modules(module_name))))
+        absent = isinstance(error, ModuleNotFoundError)
+        hint = did_you_mean(nearest(module_name, list(_sibling_modules(module_name))) if absent else None)
         raise ConfigError(f'recipe = "{spec}": {error}{hint}') from error
     factory = getattr(module, name, None)
     if not callable(factory):
