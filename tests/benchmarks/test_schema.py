@@ -100,5 +100,6 @@ def test_every_field_of_the_format_is_described():
 
 def test_recorded_results_are_valid():
     files = sorted(RESULTS.glob("*.json"))
+    assert files
     for file in files:
         assert STRICT.validate_json(file.read_text()) == read(file)
