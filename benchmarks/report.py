@@ -60,7 +60,9 @@ def _cells(result: Result, name: str, metrics: list[str]) -> list[str]:
     for metric in metrics:
         m = result.contestants[name][metric]
         ratio = ratio_of(result, name, metric)
-        gain = f"**{text.gain(ratio)}**" if ratio else "no ratio"
+        gain = text.gain(ratio) if ratio else "no ratio"
+        if ratio and not ratio.low <= 1 <= ratio.high:  # bold: more than the spread
+            gain = f"**{gain}**"
         cells.append(text.quantity(m.value, m.unit) + ("" if name == result.baseline else f"<br>{gain}"))
     return cells
 

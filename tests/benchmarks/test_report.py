@@ -39,6 +39,11 @@ def test_table_has_the_numbers_of_the_result(result):
     assert "commit 0123456789, 2026-01-02, 3 rounds; `python -m benchmarks run toy`" in rows[-1]
 
 
+def test_a_gain_within_the_spread_is_not_bold(result):
+    shown = table(replace(result, ratios=(Ratio("ours", "step_ms", 1.2, 0.9, 1.4), *result.ratios[1:])))
+    assert "1.025 s<br>×1.200 [0.900 – 1.400] | 200 MiB<br>**×1.500** |" in shown
+
+
 def test_no_gain_is_shown_behind_a_red_gate(result):
     shown = table(red(result))
     assert "×" not in shown.splitlines()[3]
