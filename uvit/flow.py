@@ -10,6 +10,14 @@ a long sample than of a short one. Averaging N equally noisy tokens shrinks the 
 
 Source: Stable Diffusion 3, https://arxiv.org/abs/2403.03206, sections 3.1 and 5.3.2.
 
+A velocity is mostly noise, and all of it has to pass through the network: that takes a width well above the
+numbers of a patch, which latents allow and pixels do not. There the network may predict the clean data, which
+lie on a low-dimensional manifold, with the loss still on the velocity that follows from them:
+
+    v = (x_t - predict(x_t, 1000 t)) / t        loss = mean (min(1, t / 0.05) (v - (ε - x0)))^2
+
+Source: Li & He, https://arxiv.org/abs/2511.13720 (x-prediction with v-loss).
+
 Shapes: B batch; x0, noise and x_t (B, C, [T,] H, W).
 """
 
@@ -27,6 +35,9 @@ from uvit.sample import Progress, SampleConfig, integrate
 TIME_SCALE = 1000.0
 """The network sees 1000 t, so that its sinusoids resolve the unit interval."""
 
+LEAST_TIME = 0.05
+"""Below it the loss of a clean prediction, which is divided by the time, is held back."""
+
 Time = TypeVar("Time", float, Tensor)
 
 
@@ -34,6 +45,13 @@ Time = TypeVar("Time", float, Tensor)
 class FlowConfig:
     """The distribution of training times, and the shift that sampling shares with it."""
 
+    predict: Literal["velocity", "clean"] = field(
+        default="velocity",
+        metadata={
+            "help": "what the network outputs; clean: the data, better for pixels, where a patch holds more "
+            "numbers than a latent's"
+        },
+    )
     mean: float = field(default=0.0, metadata={"help": "mean of logit(t) before the shift; > 0 is noisier"})
     std: float = field(default=1.0, metadata={"help": "standard deviation of logit(t) before the shift"})
     shift: float | Literal["auto"] = field(
@@ -88,8 +106,12 @@ class RectifiedFlow:
         noise = rng.normal("noise", x0.shape[1:])
         times = self.times(rng, tokens)
         t = times.view(-1, *[1] * (x0.ndim - 1))
-        v = predict((1 - t) * x0 + t * noise, TIME_SCALE * times, **cond)
-        return (v.float() - (noise - x0)).square().mean()
+        x_t = (1 - t) * x0 + t * noise
+        out = predict(x_t, TIME_SCALE * times, **cond).float()
+        if self.config.predict == "velocity":
+            return (out - (noise - x0)).square().mean()
+        # x_t - x0 = t (ε - x0): the velocity's error is that of the clean prediction over t.
+        return ((out - x0) / t.clamp_min(LEAST_TIME)).square().mean()
 
     def sample(
         self,
@@ -108,6 +130,7 @@ class RectifiedFlow:
 
         def velocity(x: Tensor, t: float) -> Tensor:
             timesteps = torch.full((len(x),), TIME_SCALE * t, dtype=torch.float32, device=x.device)
-            return predict(x, timesteps, **cond).to(x)
+            out = predict(x, timesteps, **cond).to(x)
+            return out if self.config.predict == "velocity" else (x - out) / t
 
         return integrate(velocity, noise, times, method, progress)

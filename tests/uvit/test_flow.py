@@ -99,6 +99,25 @@ def test_the_true_velocity_has_no_loss() -> None:
     assert RectifiedFlow().loss(truth, x0, SampleRNG(0, range(16)), tokens=64) < 1e-10
 
 
+def test_a_clean_prediction_is_judged_by_the_velocity_that_follows_from_it() -> None:
+    x0, rng = data(16), SampleRNG(0, range(16))
+    velocity, clean = RectifiedFlow(), RectifiedFlow(FlowConfig(predict="clean"))
+    t = velocity.times(rng, 1024).view(-1, 1, 1, 1, 1)
+    assert 0.05 < float(t.min()) < 0.5
+    seen = Recorder()
+    velocity.loss(seen, x0, rng, tokens=1024)
+    loss = clean.loss(lambda x, *_: 0.3 * x, x0, rng, tokens=1024)
+    torch.testing.assert_close(loss, velocity.loss(lambda x, *_: (x - 0.3 * x) / t, x0, rng, tokens=1024))
+    assert clean.loss(lambda *_: x0, x0, rng, tokens=1024) == 0
+
+
+def test_the_loss_of_a_clean_prediction_is_held_back_near_time_zero() -> None:
+    x0, rng = data(16), SampleRNG(0, range(16))
+    early = FlowConfig(predict="clean", mean=-20.0)
+    loss = RectifiedFlow(early).loss(lambda *_: x0 + 0.1, x0, rng, tokens=1024)
+    torch.testing.assert_close(loss, torch.tensor((0.1 / 0.05) ** 2))
+
+
 def test_draws_belong_to_the_sample() -> None:
     flow, x0 = RectifiedFlow(), data(4)
     together, alone = Recorder(), Recorder()

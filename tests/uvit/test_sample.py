@@ -82,6 +82,17 @@ def test_flow_samples_have_the_mean_and_deviation_of_the_data() -> None:
     assert float(out.std()) == pytest.approx(S, abs=0.01)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_clean_predictions_give_the_samples_of_their_velocities(solver: str) -> None:
+    def clean(x: Tensor, timesteps: Tensor, **_: Tensor) -> Tensor:
+        return x - column(timesteps.to(x) / 1000, x) * velocity(x, timesteps)
+
+    config = SampleConfig(steps=12, solver=solver)  # type: ignore[arg-type]
+    by_velocity = RectifiedFlow().sample(velocity, start(), config, tokens=64)
+    by_clean = RectifiedFlow(FlowConfig(predict="clean")).sample(clean, start(), config, tokens=64)
+    torch.testing.assert_close(by_clean, by_velocity, rtol=1e-5, atol=1e-6)
+
+
 def test_the_time_grid_is_shifted_as_in_training() -> None:
     seen: list[float] = []
 
