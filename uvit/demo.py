@@ -182,7 +182,7 @@ def show_ending(config: RunConfig, weights: Path, console: Console) -> None:
     """Tell what was made, where it lies and what to try next."""
     run = config.run_dir
     console.rule("what was made")
-    if console.is_terminal:
+    if console.color_system in ("256", "truecolor"):
         drawn = sorted(newest_samples(run).glob("*.gif"))[: max(1, console.width // (_COLUMNS + 2))]
         console.print("Drawn from noise, a caption each; a frame of every clip:\n", style="dim")
         console.print(Columns([draw(path, _COLUMNS) for path in drawn], padding=(0, 2)))

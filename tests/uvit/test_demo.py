@@ -39,7 +39,7 @@ def test_every_excerpt_gives_the_configs_clip_under_its_caption(laid_out):
     clips = dataset.clips(99)
     assert dataset.skipped == ()
     assert [clip.caption for clip in clips] == [e.caption for e in demo.EXCERPTS]
-    assert all(tuple(clip.frames.shape) == (8, 32, 48, 3) for clip in clips)
+    assert all(tuple(clip.frames.shape) == (8, 24, 36, 3) for clip in clips)
     # The text encoder must see every caption whole.
     assert max(len(e.caption.encode()) for e in demo.EXCERPTS) <= config.model.text_tokens
 
@@ -111,7 +111,9 @@ def test_the_config_trains_on_two_ranks_and_the_ending_names_only_what_is_there(
 
     screen = io.StringIO()
     weights = demo.export(config.run_dir, config.run_dir / "weights.safetensors")
-    demo.show_ending(config, weights, Console(file=screen, force_terminal=True, width=100))
+    demo.show_ending(
+        config, weights, Console(file=screen, force_terminal=True, color_system="truecolor", width=110)
+    )
     assert f"{demo.last_psnr_db(config.run_dir):.1f} dB" in screen.getvalue()
     assert "▀" in screen.getvalue()
     made = [path for path, _ in demo.made(config.run_dir, weights)]
