@@ -22,8 +22,9 @@ from dtrain.init import fill_parameters
 from dtrain.recipe import Batch, Clip, DataState, Recipe, SampleRequest
 from dtrain.rng import SampleRNG
 from uvit.captions import text_encoder
-from uvit.clips import ClipDataset, DataConfig, collate, open_dataset, to_frames
+from uvit.clips import ClipDataset, DataConfig, collate, to_frames
 from uvit.config import UViTConfig, patch_grid
+from uvit.dataset import open_dataset
 from uvit.diffusion import DiffusionConfig, NoisePrediction
 from uvit.flow import FlowConfig, RectifiedFlow
 from uvit.guidance import drop_condition, drop_mask

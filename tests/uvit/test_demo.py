@@ -10,7 +10,8 @@ from rich.console import Console
 from dtrain.config import load
 from tests.launch import ROOT, torchrun
 from uvit import demo
-from uvit.clips import DataConfig, open_dataset
+from uvit.clips import DataConfig
+from uvit.dataset import open_dataset
 from uvit.decode import probe, read_clip
 from uvit.media import psnr
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from dtrain.recipe import Clip
-from uvit.clips import DataConfig, open_dataset, to_frames, to_video
+from uvit.clips import DataConfig, to_frames, to_video
+from uvit.dataset import open_dataset
 from uvit.media import compare, contact_sheet, nearest, psnr, save_clips
 
 

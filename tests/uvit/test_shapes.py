@@ -8,7 +8,8 @@ import torch
 
 from dtrain.data import loader
 from dtrain.recipe import DataState
-from uvit.clips import DataConfig, collate, open_dataset, to_frames, to_video
+from uvit.clips import DataConfig, collate, to_frames, to_video
+from uvit.dataset import open_dataset
 from uvit.shapes import CLASSES, Shapes
 
 _RGB = {

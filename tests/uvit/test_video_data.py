@@ -11,7 +11,8 @@ from PIL import Image
 
 from dtrain.data import loader
 from dtrain.recipe import DataState
-from uvit.clips import DataConfig, collate, open_dataset, to_frames, to_video
+from uvit.clips import DataConfig, collate, to_frames, to_video
+from uvit.dataset import open_dataset
 from uvit.decode import VideoError, probe, read_clip
 from uvit.folder import VideoFolder, scan
 
