@@ -1,7 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-RANKS ?= 2
 
 .PHONY: help install demo test lint types gpu clean
 
@@ -20,7 +19,7 @@ $(VENV)/.clips: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.clips ## train a small video model on real clips and show what it draws (minutes)
-	$(RUN) -m uvit.demo
+	$(RUN) -m uvit.demo $(if $(RANKS),--ranks $(RANKS))
 
 test: install lint types ## ruff, mypy and every test that needs no GPU
 	$(RUN) -m pytest

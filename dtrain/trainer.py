@@ -5,6 +5,7 @@ for each step: batches -> forward and backward -> clip -> AdamW -> EMA -> metric
 """
 
 import itertools
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -174,7 +175,9 @@ class Trainer:
         folder = self.config.run_dir / "samples" / f"step-{step:08d}"
         if self.recipe.save_clips:
             self.recipe.save_clips(clips, folder)
-        scores = self.recipe.score(clips, self.config.seed, folder) if self.recipe.score else {}
+        scores = dict(self.recipe.score(clips, self.config.seed, folder)) if self.recipe.score else {}
+        if scores:
+            (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
         figures = "".join(f", {name} {value:.2f}" for name, value in scores.items())
         log.note(f"step {step}: samples in {folder}{figures}")
 

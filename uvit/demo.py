@@ -9,7 +9,6 @@ Shapes: T frames, H height, W width.
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -172,12 +171,6 @@ def newest_samples(run_dir: Path) -> Path:
     return max((run_dir / "samples").glob("step-*"))
 
 
-def last_psnr_db(run_dir: Path) -> float | None:
-    """Mean PSNR of the newest samples against their nearest training clips; None before there are any."""
-    found = re.findall(r"psnr_db (-?[\d.]+)", (run_dir / "metrics.jsonl").read_text(encoding="utf-8"))
-    return float(found[-1]) if found else None
-
-
 def show_ending(config: RunConfig, weights: Path, console: Console) -> None:
     """Tell what was made, where it lies and what to try next."""
     run = config.run_dir
@@ -197,11 +190,10 @@ def made(run: Path, weights: Path) -> Iterator[tuple[Path, str]]:
     """What a finished run has to show: (path, what it is)."""
     samples = newest_samples(run)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    psnr_db = last_psnr_db(run)
-    likeness = f": {psnr_db:.1f} dB PSNR on average" if psnr_db is not None else ""
+    psnr_db = json.loads((samples / "scores.json").read_text(encoding="utf-8"))["psnr_db"]
     yield (
         samples / "nearest_clips.png",
-        f"look here first: each sample, and its nearest training clip{likeness}",
+        f"look here first: each sample, and its nearest training clip: {psnr_db:.1f} dB PSNR on average",
     )
     yield samples, "the samples to watch, *.mp4 and *.gif; contact_sheet.png has them frame by frame"
     yield samples.parent, "those of earlier steps too: noise first, then shapes, then detail"

@@ -1,6 +1,7 @@
 """The demo: its clips, its config with real processes, and what it tells at the end."""
 
 import io
+import json
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -115,7 +116,8 @@ def test_the_config_trains_on_two_ranks_and_the_ending_names_only_what_is_there(
     demo.show_ending(
         config, weights, Console(file=screen, force_terminal=True, color_system="truecolor", width=110)
     )
-    assert f"{demo.last_psnr_db(config.run_dir):.1f} dB" in screen.getvalue()
+    scores = json.loads((demo.newest_samples(config.run_dir) / "scores.json").read_text())
+    assert f"{scores['psnr_db']:.1f} dB" in screen.getvalue()
     assert "▀" in screen.getvalue()
     made = [path for path, _ in demo.made(config.run_dir, weights)]
     assert len(made) == 8
