@@ -43,15 +43,16 @@ _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True
 
 _NEXT = """\
 The same captions from other noise:
-  python -m dtrain sample {run} --seed 1
+  {python} -m dtrain sample {run} --seed 1
 One caption, more solver steps:
-  python -m dtrain sample {run} --option 'prompts=["a man walks past a bike"]' --option steps=60
+  {python} -m dtrain sample {run} --option 'prompts=["a man walks past a bike"]' --option steps=60
 The curves, live (also while a run goes on):
-  tensorboard --logdir {run}
+  {python} -m tensorboard.main --logdir {run}
 Your own videos, captions beside them (a.mp4, a.txt):
-  torchrun --nproc-per-node 8 -m dtrain train configs/videos.toml --set data.path=/data/clips
+  {python} -m torch.distributed.run --nproc-per-node 8 -m dtrain train configs/videos.toml \\
+      --set data.path=/data/clips
 What every setting means:
-  python -m dtrain config --recipe uvit.recipe:video"""
+  {python} -m dtrain config --recipe uvit.recipe:video"""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def show_ending(config: RunConfig, weights: Path, console: Console) -> None:
         console.print(Text(str(path), style="cyan"), soft_wrap=True)
         console.print(f"    {meaning}", **_PLAIN)
     console.rule("what to try next")
-    console.print(_NEXT.format(run=run), markup=False, highlight=False, soft_wrap=True)
+    python = os.path.relpath(sys.executable)
+    console.print(_NEXT.format(run=run, python=python), **_PLAIN)
 
 
 def made(run: Path, weights: Path) -> Iterator[tuple[Path, str]]:
