@@ -41,7 +41,7 @@ def test_every_excerpt_gives_the_configs_clip_under_its_caption(laid_out):
     clips = dataset.clips(99)
     assert dataset.skipped == ()
     assert [clip.caption for clip in clips] == [e.caption for e in demo.EXCERPTS]
-    assert all(tuple(clip.frames.shape) == (8, 24, 36, 3) for clip in clips)
+    assert all(tuple(clip.frames.shape) == (*config.size, 3) for clip in clips)
     # The text encoder must see every caption whole.
     assert max(len(e.caption.encode()) for e in demo.EXCERPTS) <= config.model.text_tokens
 
