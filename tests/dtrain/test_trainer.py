@@ -7,14 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from dtrain.checkpoint import read_progress, step_folders
 from dtrain.export import export
 from dtrain.metrics import read_records
+from tests.checkpoints import all_tensors
 from tests.launch import run_python, torchrun
 
 CONFIG = """
@@ -55,15 +52,6 @@ def train(folder: Path, name: str, ranks: int, *sets: str, check: bool = True) -
     arguments = ("-m", "dtrain", "train", config_file(folder), *settings)
     done = torchrun(ranks, *arguments, check=check) if ranks > 1 else run_python(*arguments, check=check)
     return done.stdout + done.stderr
-
-
-def all_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint: weights, optimizer state, averages."""
-    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    assert all(isinstance(entry, TensorStorageMetadata) for entry in metadata.values())
-    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
-    load(tensors, checkpoint_id=checkpoint, no_dist=True)
-    return tensors
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dtrain.checkpoint import step_folders
 from dtrain.config import ConfigError, build_recipe, load
 from dtrain.metrics import read_records
+from tests.checkpoints import all_tensors
 from tests.launch import run_python, torchrun
 
 CONFIG = """
@@ -130,6 +133,20 @@ def test_noise_prediction_by_class_in_one_process(tmp_path: Path, clips: Path) -
     run_python("-m", "dtrain", "train", path)
     sheet = tmp_path / "noise" / "samples" / "step-00000004" / "contact_sheet.png"
     assert sheet.stat().st_size > 1000
+
+
+def test_a_video_run_resumes_bit_for_bit(tmp_path: Path, clips: Path) -> None:
+    def train(name: str, *sets: str) -> dict[str, torch.Tensor]:
+        path = config(tmp_path, clips, name)
+        settings = ("train.sample_every=0", "checkpoint.every=2", *sets)
+        run_python("-m", "dtrain", "train", path, *(word for s in settings for word in ("--set", s)))
+        return all_tensors(step_folders(tmp_path / name / "checkpoints")[-1])
+
+    whole = train("whole")
+    train("parts", "train.steps=2")
+    parts = train("parts")
+    assert parts.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(parts[name], whole[name])] == []
 
 
 def test_a_folder_with_nothing_usable_is_one_clear_error(tmp_path: Path) -> None:
