@@ -1,0 +1,150 @@
+"""Kernels are compiled for GPUs that are not there, and each way to fail is told from being fine.
+
+The kernels below are compiled by a process of their own, as the command line does it: this one may be running
+Triton's interpreter, in which nothing is compiled.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.kernels import aot
+from dtrain.kernels.launch import HAS_TRITON, SHARED_BYTES, TILES, AotCase, Tile, tl, triton
+from tests.launch import run_python
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, whose wheels are for Linux")
+
+
+@triton.jit
+def _product_kernel(a, b, out, K, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """out = a·bᵀ for one block of out: a (M, K), b (N, K), out (M, N) in fp32, all contiguous."""
+    o_m, o_n, o_k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_K)
+    b_out = tl.zeros([M, N], dtype=tl.float32)
+    for i_k in range(0, K, BLOCK_K):
+        b_a = tl.load(a + o_m[:, None] * K + i_k + o_k)
+        b_b = tl.load(b + o_n[:, None] * K + i_k + o_k)
+        b_out = tl.dot(b_a, tl.trans(b_b), b_out)
+    tl.store(out + o_m[:, None] * N + o_n, b_out)
+
+
+@triton.jit
+def _double_kernel(x, BLOCK: tl.constexpr):
+    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(x + o_x, tl.load(x + o_x) * 2)
+
+
+FINE = AotCase(
+    name="fine",
+    kernel=_product_kernel,
+    arch="sm_80",
+    signature={"a": "*fp16", "b": "*fp16", "out": "*fp32", "K": "i32"},
+    constexprs={"M": 64, "N": 64, "BLOCK_K": 64},
+    divisible=("a", "b", "out", "K"),
+    tile=Tile(64, 64, 4, 2),
+)
+DOUBLE = AotCase(
+    name="no product, not said",
+    kernel=_double_kernel,
+    arch="sm_90",
+    signature={"x": "*fp32"},
+    constexprs={"BLOCK": 1024},
+    divisible=("x",),
+    tile=Tile(1, 1024, 4, 1),
+)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """One case that is fine, for every architecture, and for sm_90 one for each way to fail."""
+
+    def case(name: str, m: int, n: int, num_warps: int, num_stages: int, **changes: Any) -> AotCase:
+        sizes = {"M": m, "N": n, "BLOCK_K": 64}
+        tile = Tile(64, 64, num_warps, num_stages, max_spills=changes.pop("max_spills", 0))
+        return dataclasses.replace(FINE, name=name, arch="sm_90", constexprs=sizes, tile=tile, **changes)
+
+    yield from (dataclasses.replace(FINE, arch=arch) for arch in SHARED_BYTES)
+    yield case("spills", 128, 256, num_warps=4, num_stages=2)
+    yield case("spills with leave", 128, 256, num_warps=4, num_stages=2, max_spills=100_000)
+    yield case("too much shared memory", 128, 256, num_warps=8, num_stages=6)
+    yield case("rows too few for wgmma", 16, 64, num_warps=4, num_stages=2)
+    yield case("nothing divisible", 64, 64, num_warps=4, num_stages=2, divisible=())
+    yield case("not a power of two", 48, 64, num_warps=4, num_stages=2)
+    yield dataclasses.replace(DOUBLE, name="no product, said", tensor_cores=False)
+    yield DOUBLE
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command line; returns its exit status, what it printed and its measurements by (arch, name)."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def run(*arguments: str) -> tuple[int, str, dict[tuple[str, str], aot.Measurement]]:
+        report = tmp_path / "report.json"
+        done = run_python("-m", "dtrain.kernels.aot", *arguments, "--json", report, check=False)
+        assert report.exists(), done.stderr
+        document = json.loads(report.read_text())
+        assert document["triton"] == triton.__version__
+        measured = [aot.Measurement(**m | {"problems": tuple(m["problems"])}) for m in document["cases"]]
+        return done.returncode, done.stdout, {(m.arch, m.name): m for m in measured}
+
+    return run
+
+
+def test_fine_kernels_pass_and_each_failure_is_told(compiler: Any) -> None:
+    status, printed, measured = compiler("tests.kernels.test_aot")
+    assert list(measured) == [(case.arch, case.name) for case in aot_cases()]
+    for fine in (measured[arch, "fine"] for arch in SHARED_BYTES):
+        assert (fine.spills, fine.problems) == (0, ())
+        assert min(fine.registers, fine.shared_bytes, fine.tensor_cores, fine.wide_loads) > 0
+    hopper = {name: m for (arch, name), m in measured.items() if arch == "sm_90"}
+    spills, shared = hopper["spills"].spills, hopper["too much shared memory"].shared_bytes
+    assert hopper["spills with leave"].spills == spills > 0
+    assert hopper["nothing divisible"].wide_loads == 0
+    problems = {name: m.problems for name, m in hopper.items() if m.problems}
+    assert problems.pop("not a power of two")[0].startswith("does not compile: ")
+    assert problems == {
+        "spills": (f"{spills} spill stores, the tile allows 0",),
+        "too much shared memory": (f"{shared:,} bytes of shared memory, the limit is 232,448",),
+        "rows too few for wgmma": ("no tensor-core instruction of sm_90",),
+        "no product, not said": ("no tensor-core instruction of sm_90",),
+    }
+    assert all(f"fails: {problem}" in printed for (problem,) in problems.values())
+    assert f"{len(measured)} cases, triton {triton.__version__}: 5 failing" in printed
+    assert status == 1
+
+
+def test_an_architecture_can_be_chosen(compiler: Any) -> None:
+    status, _, measured = compiler("tests.kernels.test_aot", "--arch", "sm_80", "gfx942")
+    assert (status, list(measured)) == (0, [("sm_80", "fine"), ("gfx942", "fine")])
+
+
+def test_nothing_to_compile_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    done = run_python("-m", "dtrain.kernels.aot", "dtrain.kernels.reference", "--arch", "sm_90", check=False)
+    assert (done.returncode, done.stderr) == (1, "no module offers a kernel for sm_90\n")
+
+
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = run_python("-m", "dtrain.kernels.aot", check=False)
+    assert (done.returncode, done.stderr) == (1, "TRITON_INTERPRET is set: unset it to compile\n")
+
+
+def test_every_shipped_tile_is_compiled() -> None:
+    compiled = {(case.arch, case.tile) for case in aot.cases()}
+    names = [(case.arch, case.name) for case in aot.cases()]
+    assert len(names) == len(set(names))
+    for op, passes in TILES.items():
+        for pass_name, archs in passes.items():
+            for arch, rows in archs.items():
+                missing = {tile for tile in rows.values() if (arch, tile) not in compiled}
+                assert not missing, f"{op} {pass_name} on {arch}"
+
+
+def test_every_kernel_passes_on_hopper_and_ampere(compiler: Any) -> None:
+    status, printed, measured = compiler("--arch", "sm_90", "sm_80")
+    assert status == 0, printed
+    assert {m.arch for m in measured.values()} == {"sm_90", "sm_80"}
