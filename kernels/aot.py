@@ -70,7 +70,7 @@ def measure(case: AotCase) -> Measurement:
     try:
         kernel = compile_case(case)
     except Exception as error:  # each pass of the compiler raises what it likes
-        return Measurement(case.name, case.arch, problems=(f"does not compile: {_first_line(error)}",))
+        return Measurement(case.name, case.arch, problems=(f"does not compile: {type(error).__name__}: {error}",))
     seconds = round(time.perf_counter() - started, 2)
     code = (_amd_code if case.arch.startswith("gfx") else _nvidia_code)(kernel.asm)
     measured = Measurement(
@@ -150,10 +150,6 @@ def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     assert found, f"the disassembly has no {pattern}"
     return int(found[1])
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def cases(modules: Iterable[str] = ()) -> Iterator[AotCase]:

@@ -104,7 +104,9 @@ def test_fine_kernels_pass_and_each_failure_is_told(compiler: Any) -> None:
     assert hopper["spills with leave"].spills == spills > 0
     assert hopper["nothing divisible"].wide_loads == 0
     problems = {name: m.problems for name, m in hopper.items() if m.problems}
-    assert problems.pop("not a power of two")[0].startswith("does not compile: ")
+    (reason,) = problems.pop("not a power of two")
+    assert reason.startswith("does not compile: ")
+    assert "must be a power of 2" in reason
     assert problems == {
         "spills": (f"{spills} spill stores, the tile allows 0",),
         "too much shared memory": (f"{shared:,} bytes of shared memory, the limit is 232,448",),
