@@ -70,7 +70,9 @@ def measure(case: AotCase) -> Measurement:
     try:
         kernel = compile_case(case)
     except Exception as error:  # each pass of the compiler raises what it likes
-        return Measurement(case.name, case.arch, problems=(f"does not compile: {type(error).__name__}: {error}",))
+        return Measurement(
+            case.name, case.arch, problems=(f"does not compile: {type(error).__name__}: {error}",)
+        )
     seconds = round(time.perf_counter() - started, 2)
     code = (_amd_code if case.arch.startswith("gfx") else _nvidia_code)(kernel.asm)
     measured = Measurement(
