@@ -3,25 +3,55 @@
 A fused kernel is right when it agrees with its definition here, forwards and backwards. Each definition works
 in fp64, fp32 and bf16, under autocast and under torch.compile.
 
-Shapes: B batch, N tokens, H heads, D width (of a head where H is present), T/Y/X token grid.
+Shapes: B batch, N tokens (of queries M), H heads, D width (of a head where H is present), T/Y/X token grid.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√D)·v for every head, (B, H, N, D), without storing the N × N scores where PyTorch can."""
-    return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND)
+def attention_with_lse(
+    q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale·q·kᵀ)·v for every head, and the log-sum-exp of the scores, in fp32 or better.
+
+    Args:
+        scale: 1/√D when None.
+    Returns: out (B, H, M, D) in q's dtype, lse (B, H, M), natural.
+    """
+    scores_BHMN = _scores(q_BHMD, k_BHND, q_BHMD.shape[-1] ** -0.5 if scale is None else scale)
+    out = scores_BHMN.softmax(dim=-1) @ v_BHND.to(scores_BHMN.dtype)
+    return out.to(q_BHMD.dtype), scores_BHMN.logsumexp(dim=-1)
 
 
-def softmax_attention(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> Tensor:
-    """`attention` written as its equation: the whole score matrix, in the inputs' own precision."""
-    scores_BHNN = q_BHND @ k_BHND.transpose(-2, -1) / math.sqrt(q_BHND.shape[-1])
-    return scores_BHNN.softmax(dim=-1) @ v_BHND
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention_with_lse` by q, k and v, from its inputs and outputs, in the inputs' dtypes.
+
+    ds = p ∘ (dout·vᵀ - Σ dout ∘ out + dlse), with p = exp(s - lse).
+    """
+    p_BHMN = (_scores(q, k, scale) - lse[..., None]).exp()
+    wide = p_BHMN.dtype
+    delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    grad_v = p_BHMN.mT @ grad_out.to(wide)
+    grad_s = p_BHMN * (grad_out.to(wide) @ v.to(wide).mT - delta[..., None]) * scale
+    return (grad_s @ k.to(wide)).to(q.dtype), (grad_s.mT @ q.to(wide)).to(k.dtype), grad_v.to(v.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.to(wide) @ k.to(wide).mT * scale
 
 
 def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ Source: Bao et al., arXiv 2209.12152, figure 1.
 Shapes: B batch, N tokens, D width, H heads.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from dtrain.kernels import reference
+from dtrain.kernels.attention import attention
 from uvit.embed import Rope
 
 
@@ -38,12 +39,12 @@ class SkipLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens, (B, N, D) to (B, N, D). `attend` may be replaced by a fused kernel."""
+    """Self-attention over all tokens, (B, N, D) to (B, N, D). `attend` may be replaced."""
 
     def __init__(self, width: int, heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.attend = reference.attention
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()

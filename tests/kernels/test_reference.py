@@ -18,12 +18,36 @@ def _gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad((out * weights).sum(), inputs))
 
 
-@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 8), (17, 72), (66, 64)])
-def test_attention_is_the_softmax_equation(tokens: int, head_dim: int) -> None:
-    qkv = [_draw(2, 3, tokens, head_dim, seed=s) for s in range(3)]
-    ours, equation = reference.attention(*qkv), reference.softmax_attention(*qkv)
-    torch.testing.assert_close(ours, equation)
-    torch.testing.assert_close(_gradients(ours, qkv), _gradients(equation, qkv))
+@pytest.mark.parametrize(("queries", "keys", "head_dim"), [(1, 1, 8), (17, 5, 72), (66, 66, 64)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_is_pytorchs(queries: int, keys: int, head_dim: int, scale: float | None) -> None:
+    qkv = [_draw(2, 3, tokens, head_dim, seed=s) for s, tokens in enumerate((queries, keys, keys))]
+    ours, lse = reference.attention_with_lse(*qkv, scale)
+    theirs = F.scaled_dot_product_attention(*qkv, scale=scale)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(_gradients(ours, qkv), _gradients(theirs, qkv))
+    scores = torch.einsum("bhmd,bhnd->bhmn", *qkv[:2]) * (head_dim**-0.5 if scale is None else scale)
+    torch.testing.assert_close(lse, scores.exp().sum(-1).log())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_keeps_the_dtype_and_an_fp32_log_sum_exp(dtype: torch.dtype) -> None:
+    qkv = [_draw(1, 2, 9, 8, seed=s, dtype=dtype) for s in range(3)]
+    out, lse = reference.attention_with_lse(*qkv)
+    assert out.dtype == dtype
+    assert lse.dtype == torch.promote_types(dtype, torch.float32)
+    grads = reference.attention_backward(out, None, *qkv, out, lse, 1.0)
+    assert [g.dtype for g in grads] == [dtype] * 3
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_attention_backward_is_autograds(with_lse: bool) -> None:
+    qkv = [_draw(2, 3, tokens, 8, seed=s) for s, tokens in enumerate((17, 5, 5))]
+    out, lse = reference.attention_with_lse(*qkv, 0.3)
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse) if with_lse else None
+    ours = reference.attention_backward(grad_out, grad_lse, *qkv, out, lse, 0.3)
+    loss = (out * grad_out).sum() + ((lse * grad_lse).sum() if grad_lse is not None else 0)
+    torch.testing.assert_close(ours, torch.autograd.grad(loss, qkv))
 
 
 def test_skip_linear_is_the_linear_of_the_concatenation() -> None:
