@@ -286,6 +286,7 @@ def empty_like(x_BHND: Tensor) -> Tensor:
 
 
 def empty_lse(q: Tensor) -> Tensor:
+    """An empty (B, H, M) in fp32, or fp64 for fp64."""
     return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -342,6 +343,7 @@ def _launch(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, H, M, D) and lse (B, H, M), for inputs that `attention` has checked and `refusal` lets pass."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     out, lse = empty_like(q), empty_lse(q)
     _launch("forward", q, k, scale, [q, k, v, out, lse], [q, k, v])
@@ -352,6 +354,7 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv, from the gradients of out and lse and what `forward` was given and gave."""
     q, k, v, out, grad_out = (_rows(x) for x in (q, k, v, out, grad_out))
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv, delta = empty_like(q), empty_like(k), empty_like(v), empty_lse(q)
