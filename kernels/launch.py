@@ -64,7 +64,8 @@ SHARED_BYTES = {
 
 def can_launch(device: torch.device) -> bool:
     """Whether Triton runs kernels on tensors of `device`: on a GPU, or on the CPU in Triton's interpreter."""
-    return HAS_TRITON and (device.type == "cuda" or bool(triton.knobs.runtime.interpret))
+    interpreted = device.type == "cpu" and HAS_TRITON and bool(triton.knobs.runtime.interpret)
+    return interpreted or (device.type == "cuda" and HAS_TRITON)
 
 
 def arch_of(device: torch.device) -> str:
