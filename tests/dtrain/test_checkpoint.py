@@ -59,6 +59,7 @@ def flat(tree: dict, prefix: str = "") -> dict[str, torch.Tensor]:
 def test_training_on_does_not_change_what_is_being_saved(tmp_path: Path, single_process_group: None) -> None:
     state = training_state(0)
     expected = {name: tensor.clone() for name, tensor in flat(state.tensors()).items()}
+    assert {name.split(".")[0] for name in expected} == {"model", "optim", "ema"}
     saver = checkpointer(tmp_path)
     saver.save(state, progress(1))
     with torch.no_grad():
