@@ -134,12 +134,12 @@ def test_a_file_and_its_overrides(tmp_path: Path) -> None:
         "optim.lr=1e-4",
         "shard.param_dtype=bfloat16",
         "model.noise.scale = 2",
-        "output=/tmp/a b",
+        "output=some folder/a b",
         "mesh.shard=2",
     ]
     config = load(path, sets)
     assert config.name == "first"
-    assert config.run_dir == Path("/tmp/a b/first")
+    assert config.run_dir == Path("some folder/a b/first")
     assert (config.optim.lr, config.optim.betas) == (1e-4, (0.9, 0.99))
     assert (config.shard.param_dtype, config.mesh) == ("bfloat16", MeshConfig(shard=2))
     assert config.recipe_config == Tables(Model(width=128, noise=Noise(2.0)), frames=8)
