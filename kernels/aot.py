@@ -97,7 +97,7 @@ def compile_case(case: AotCase) -> Any:
         constexprs=dict(case.constexprs),
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible},
     )
-    return triton.compile(source, target=_target(case.arch), options=case.tile.options)
+    return triton.compile(source, target=_target(case.arch), options=case.options)
 
 
 def _target(arch: str) -> Any:
@@ -110,8 +110,8 @@ def _target(arch: str) -> Any:
 
 def _problems(case: AotCase, measured: Measurement) -> Iterator[str]:
     limit = SHARED_BYTES[case.arch]
-    if measured.spills > case.tile.max_spills:
-        yield f"{measured.spills} spill stores, the tile allows {case.tile.max_spills}"
+    if measured.spills > case.max_spills:
+        yield f"{measured.spills} spill stores, the tile allows {case.max_spills}"
     if measured.shared_bytes > limit:
         yield f"{measured.shared_bytes:,} bytes of shared memory, the limit is {limit:,}"
     if case.tensor_cores and not measured.tensor_cores:

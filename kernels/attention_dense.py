@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtrain.kernels.launch import SHARED_BYTES, AotCase, Tile, arch_of, can_launch, tiles, tl, triton
+from dtrain.kernels.launch import SHARED_BYTES, AotCase, arch_of, can_launch, tl, triton
+from dtrain.kernels.tiles import Tile, tiles
 
 __all__ = ["HEAD_DIMS", "aot_cases", "backward", "empty_like", "empty_lse", "forward", "refusal"]
 
@@ -379,7 +380,8 @@ def aot_cases() -> Iterator[AotCase]:
                     signature=signature,
                     constexprs=constants,
                     divisible=tuple(x for x, kind in signature.items() if kind.startswith("*")),
-                    tile=tile,
+                    options=tile.options,
+                    max_spills=tile.max_spills,
                 )
 
 

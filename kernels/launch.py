@@ -1,21 +1,13 @@
-"""What a kernel is launched with: a tile for each GPU by table, and Triton itself where it is installed.
-
-A tile is read from `TILES`, never timed: timing inside a training step stalls it, and ranks that time alone
-choose differently. A JSON file named by the environment variable DTRAIN_TILES is laid over the table, nested
-like it: {"attention": {"forward": {"sm_90": {"64": {"block_m": 128, "block_n": 128, ...}}}}}. The row "64"
-serves head dims up to 64, down to the next smaller row.
+"""Triton where it is installed, the GPUs that kernels are made for, and what to compile for them ahead of time.
 
 Kernel files write `from dtrain.kernels.launch import tl, triton`, so that they import without Triton too.
 Their `aot_cases()` say what `dtrain.kernels.aot` compiles for GPUs that are not there.
 """
 
 import functools
-import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +15,6 @@ import torch
 __all__ = [
     "HAS_TRITON", "triton", "tl", "can_launch",
     "SHARED_BYTES", "arch_of", "known_arch",
-    "Tile", "TILES", "read_tiles", "tiles",
     "AotCase",
 ]  # fmt: skip
 
@@ -103,124 +94,6 @@ def _generation(arch: str) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How one kernel is launched: the block of the output that a program owns, and how it is compiled.
-
-    Args:
-        block_m, block_n: rows (queries) and columns (keys) of a block of scores; powers of two.
-        num_warps: warps of a program; a power of two.
-        num_stages: depth of the software pipeline over the inner loop.
-        max_spills: spill stores that `dtrain.kernels.aot` lets pass.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    max_spills: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "num_warps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1 or value & (value - 1):
-                raise ValueError(f"{name} = {value!r}: must be a power of two")
-        for name, least in (("num_stages", 1), ("max_spills", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} = {value!r}: must be an integer, at least {least}")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of the launch. Fused multiply-add is asked for by name: its default changes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
-
-# Operation -> pass -> architecture -> largest head dim that the tile serves -> tile.
-Table = Mapping[str, Mapping[str, Mapping[str, Mapping[int, Tile]]]]
-
-# GPUs whose tensor cores run mma.sync. What fits the least shared memory among them serves all.
-_MMA_SYNC = ("sm_80", "sm_86", "sm_89", "sm_120")
-
-# The largest tiles without a spill store, by `dtrain.kernels.aot` with Triton 3.6 and 3.9; not timed.
-TILES: Table = {
-    "attention": {
-        "forward": {
-            **{arch: {64: Tile(128, 32, 4, 3), 128: Tile(128, 64, 8, 3)} for arch in _MMA_SYNC},
-            "sm_90": {96: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2)},
-            "sm_100": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3)},
-            "gfx942": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
-        },
-        "backward_dkdv": {
-            **{arch: {96: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2)} for arch in _MMA_SYNC},
-            "sm_90": {128: Tile(64, 128, 8, 2)},
-            "sm_100": {96: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2)},
-            "gfx942": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
-        },
-        "backward_dq": {
-            **{arch: {128: Tile(128, 32, 8, 2)} for arch in _MMA_SYNC},
-            "sm_90": {128: Tile(128, 64, 8, 3)},
-            "sm_100": {128: Tile(128, 64, 8, 3)},
-            "gfx942": {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2)},
-        },
-    },
-}
-
-
-def tiles(op: str, pass_name: str, arch: str, head_dim: int) -> Tile:
-    """The tile of one pass of an operation: of the smallest row that reaches `head_dim`.
-
-    Rows of the file DTRAIN_TILES come first. An architecture without rows uses those of `known_arch`.
-
-    Args:
-        op, pass_name: "attention", "forward" and so on: keys of `TILES`.
-        arch: as `arch_of` gives it.
-
-    Raises:
-        ValueError: no row reaches `head_dim`, the architecture is too old, or the file is wrong.
-    """
-    return _tile(op, pass_name, arch, head_dim, os.environ.get("DTRAIN_TILES", ""))
-
-
-@functools.cache
-def _tile(op: str, pass_name: str, arch: str, head_dim: int, path: str) -> Tile:
-    own = read_tiles(path) if path else {}
-    rows = dict(TILES[op][pass_name][known_arch(arch)])
-    for name in (known_arch(arch), arch):
-        rows |= own.get(op, {}).get(pass_name, {}).get(name, {})
-    fitting = [reach for reach in rows if reach >= head_dim]
-    if not fitting:
-        raise ValueError(f"head_dim = {head_dim}: {op} {pass_name} on {arch} serves at most {max(rows)}")
-    return rows[min(fitting)]
-
-
-@functools.cache
-def read_tiles(path: str) -> Table:
-    """The table in a JSON file, see DTRAIN_TILES; its use is said once.
-
-    Raises:
-        ValueError: the file cannot be read, or names what is not in `TILES`.
-    """
-    try:
-        table: Table = {
-            op: {
-                pass_name: {
-                    arch: {int(reach): Tile(**fields) for reach, fields in rows.items()}
-                    for arch, rows in archs.items()
-                }
-                for pass_name, archs in passes.items()
-            }
-            for op, passes in json.loads(Path(path).read_text()).items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"DTRAIN_TILES = {path}: {error}") from error
-    for op, passes in table.items():
-        for unknown in passes.keys() - TILES.get(op, {}).keys():
-            raise ValueError(f"DTRAIN_TILES = {path}: {op}.{unknown}: no such pass of an operation")
-    _log.info("launch parameters from %s come before the shipped ones", path)
-    return table
-
-
-@dataclass(frozen=True)
 class AotCase:
     """One kernel with one set of launch parameters, to be compiled for a GPU that need not be there.
 
@@ -231,7 +104,8 @@ class AotCase:
         signature: type of every argument that is not a constexpr: "*bf16", "i32", "i64", "fp32".
         constexprs: value of every constexpr. A stride of one belongs here, as Triton itself puts it.
         divisible: arguments, pointers and integers, that are multiples of 16: they allow 16-byte loads.
-        tile: gives `options` and the spill stores allowed.
+        options: how it is launched: num_warps, num_stages and what else Triton takes.
+        max_spills: spill stores that pass.
         tensor_cores: whether the kernel multiplies matrices.
     """
 
@@ -241,5 +115,6 @@ class AotCase:
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     divisible: tuple[str, ...]
-    tile: Tile
+    options: Mapping[str, Any]
+    max_spills: int = 0
     tensor_cores: bool = True

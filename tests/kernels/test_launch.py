@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dtrain.kernels import launch
-from dtrain.kernels.launch import SHARED_BYTES, TILES, Tile, known_arch, tiles
+from dtrain.kernels.launch import SHARED_BYTES, known_arch
+from dtrain.kernels.tiles import TILES, Tile, tiles
 from tests.launch import run_python
 
 ROW = {"block_m": 32, "block_n": 16, "num_warps": 2, "num_stages": 1}

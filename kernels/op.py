@@ -1,0 +1,90 @@
+"""How every kernel becomes an operator of PyTorch's dispatcher, and when it is called without it.
+
+Only operators can be saved by selective checkpointing, compiled through and counted by the FLOP counter. But
+the way through the dispatcher costs about 60 µs of the host a call, both ways (2 CPU cores, torch 2.13), more
+than many kernels take. So an operator is called as an autograd function, or plainly, wherever nobody looks:
+no torch.compile, no dispatch mode, no functorch transform, no tensor subclass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["Operator"]
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Operator:
+    """One operator; calling it runs the kernel of the tensors' device.
+
+    Args:
+        schema: "dtrain::name(Tensor x, ...) -> ...". The first argument is a tensor, and none is written to.
+        cpu, cuda: the kernels.
+        fake: shapes and dtypes of the outputs, without their values.
+        flops: FLOPs by the shapes of the arguments; None for an operator without matrix products.
+        save: keeps what the backward pass needs, `save(ctx, inputs, output)`.
+        backward: gradients by the inputs, `backward(ctx, *grads)`; with `save`, makes it differentiable, once.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        cpu: Callable[..., Any],
+        cuda: Callable[..., Any],
+        fake: Callable[..., Any],
+        flops: Callable[..., int] | None = None,
+        save: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+    ) -> None:
+        name, _, arguments = schema.partition("(")
+        namespace, _, leaf = name.partition("::")
+        torch.library.define(name, f"({arguments}")
+        torch.library.impl(name, "cpu", cpu)
+        torch.library.impl(name, "cuda", cuda)
+        torch.library.register_fake(name, fake)
+        self.overload = getattr(getattr(torch.ops, namespace), leaf).default
+        self._kernels = {"cpu": cpu, "cuda": cuda}
+        self._function: Any = None
+        if flops is not None:
+            register_flop_formula(self.overload._overloadpacket)(flops)
+        if save is not None and backward is not None:
+            torch.library.register_autograd(name, backward, setup_context=save)
+            self._function = _function(leaf, self._run, save, backward)
+
+    def __call__(self, *args: Any) -> Any:
+        if not _nobody_looks(args) or args[0].device.type not in self._kernels:
+            return self.overload(*args)
+        if self._function is None or not torch.is_grad_enabled():
+            return self._run(*args)
+        return self._function.apply(*args)
+
+    def _run(self, *args: Any) -> Any:
+        return self._kernels[args[0].device.type](*args)
+
+
+def _nobody_looks(args: tuple[Any, ...]) -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in args)
+    )
+
+
+def _function(
+    name: str, run: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    members = {
+        "forward": staticmethod(run),
+        "setup_context": staticmethod(save),
+        # Kernels leave no graph behind: a second derivative would be silently zero.
+        "backward": staticmethod(once_differentiable(backward)),
+    }
+    return type(name, (torch.autograd.Function,), members)
