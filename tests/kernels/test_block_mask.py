@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.utils import _apply_to_tensors
 
 from dtrain.kernels.block_mask import (
     BlockLists,
@@ -236,3 +237,12 @@ _EYE = torch.eye(2, dtype=torch.bool)
 def test_mistakes_are_named(make: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()  # type: ignore[operator]
+
+
+def test_the_input_cast_of_fsdp_leaves_a_mask_as_it_is() -> None:
+    mask = packed([0, 5, 40], block=(16, 16))
+    cast = _apply_to_tensors(lambda x: x.to(torch.bfloat16) if x.is_floating_point() else x, mask)
+    assert isinstance(cast, BlockMask)
+    assert isinstance(cast.queries, BlockLists)
+    assert torch.equal(cast.dense(), mask.dense())
+    assert (cast.shape, cast.block, cast.pairs) == (mask.shape, mask.block, mask.pairs)
