@@ -9,130 +9,224 @@ Shapes: B batch, H heads, M queries, N keys, D width of a head.
 import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from dtrain.kernels import attention_dense as dense
-from dtrain.kernels import reference
+from dtrain.kernels import attention_backward, attention_forward, reference
+from dtrain.kernels.attention_launch import empty_like, empty_lse, refusal
+from dtrain.kernels.block_mask import BlockLists, BlockMask
 from dtrain.kernels.launch import arch_of
+from dtrain.kernels.op import Operator
+from dtrain.kernels.tiles import choice, key_steps
 
 __all__ = ["Backend", "attention", "merge"]
 
 Backend = Literal["auto", "triton", "sdpa", "reference"]
 
-# Where the kernel was measured to be faster than PyTorch's attention: architecture -> head dims. Wherever
-# nothing was measured, "auto" is PyTorch's.
-_FASTER: Mapping[str, frozenset[int]] = {}
-
 _log = logging.getLogger(__name__)
 
+# A block mask as the dispatcher takes it; dense attention has None and zeros.
+_MASK = (
+    "Tensor? query_blocks, Tensor? query_entries, Tensor? key_blocks, Tensor? key_entries, "
+    "SymInt block_q, SymInt block_k, SymInt pairs"
+)
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    if not dense.refusal(q.device, q.dtype, q.shape[-1]):  # Triton's interpreter
-        return dense.forward(q, k, v, scale)
-    out, lse = reference.attention_with_lse(q, k, v, scale)
-    return dense.empty_like(q).copy_(out), lse
+
+def flatten(mask: BlockMask | None) -> tuple[Any, ...]:
+    """The mask as the last seven arguments of an operator."""
+    return (*mask.queries, *mask.keys, *mask.block, mask.pairs) if mask else (None,) * 4 + (0,) * 3
+
+
+def _unflatten(flat: Sequence[Any], q: Tensor, k: Tensor) -> BlockMask | None:
+    if flat[0] is None:
+        return None
+    lists, block, pairs = flat[:4], flat[4:6], flat[6]
+    queries, keys = BlockLists(*lists[:2]), BlockLists(*lists[2:])
+    return BlockMask((q.shape[2], k.shape[2]), (block[0], block[1]), queries, keys, pairs)
+
+
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *flat: Any) -> tuple[Tensor, Tensor]:
+    return attention_forward.forward(q, k, v, scale, _unflatten(flat, q, k))
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *flat: Any) -> tuple[Tensor, Tensor]:
+    if not refusal(q.device, q.dtype, q.shape[-1]):  # Triton's interpreter
+        return _cuda_forward(q, k, v, scale, *flat)
+    mask = _unflatten(flat, q, k)
+    out, lse = reference.attention_with_lse(q, k, v, scale, mask.dense() if mask else None)
+    return empty_like(q).copy_(out), lse
+
+
+def _form(device: torch.device, head_dim: int, keys: int, sparse: bool) -> attention_backward.Form:
+    """The backward's form: split where runs must repeat or nothing was measured."""
+    row = None if device.type == "cpu" else choice(arch_of(device), head_dim, keys, sparse)
+    return "split" if row is None or torch.are_deterministic_algorithms_enabled() else row.backward
+
+
+def _cuda_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *flat: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = _unflatten(flat, q, k)
+    form = _form(q.device, q.shape[-1], k.shape[2], mask is not None)
+    return attention_backward.backward(grad_out, grad_lse, q, k, v, out, lse, scale, mask, form)
 
 
 def _cpu_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *saved: Any
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not dense.refusal(q.device, q.dtype, q.shape[-1]):
-        return dense.backward(grad_out, grad_lse, q, k, v, *saved)
-    dq, dk, dv = reference.attention_backward(grad_out, grad_lse, q, k, v, *saved)
-    return dense.empty_like(q).copy_(dq), dense.empty_like(k).copy_(dk), dense.empty_like(v).copy_(dv)
+    if not refusal(q.device, q.dtype, q.shape[-1]):
+        return _cuda_backward(grad_out, grad_lse, q, k, v, *rest)
+    out, lse, scale, *flat = rest
+    mask = _unflatten(flat, q, k)
+    seen = mask.dense() if mask else None
+    grads = reference.attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale, seen)
+    dq, dk, dv = (empty_like(x).copy_(grad) for x, grad in zip((q, k, v), grads, strict=True))
+    return dq, dk, dv
 
 
-torch.library.define(
-    "dtrain::attention_forward", "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor out, Tensor lse)"
-)
-torch.library.impl("dtrain::attention_forward", "cuda", dense.forward)
-torch.library.impl("dtrain::attention_forward", "cpu", _cpu_forward)
-torch.library.register_fake(
-    "dtrain::attention_forward", lambda q, k, v, scale: (dense.empty_like(q), dense.empty_lse(q))
-)
+def _forward_flops(q: Any, k: Any, v: Any, scale: Any, *flat: Any, **_: Any) -> int:
+    return _computed(int(sdpa_flop_count(q, k, v)), q, k, flat[-1])
 
-torch.library.define(
-    "dtrain::attention_backward",
-    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
-)
-torch.library.impl("dtrain::attention_backward", "cuda", dense.backward)
-torch.library.impl("dtrain::attention_backward", "cpu", _cpu_backward)
-torch.library.register_fake(
-    "dtrain::attention_backward", lambda grad_out, grad_lse, *qkv: tuple(dense.empty_like(x) for x in qkv[:3])
+
+def _backward_flops(grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
+    # As PyTorch counts its own: five products, although the split form does seven.
+    return _computed(int(sdpa_backward_flop_count(grad_out, q, k, v)), q, k, rest[-1])
+
+
+def _computed(flops: int, q: Any, k: Any, pairs: int) -> int:
+    return flops * pairs // (q[2] * k[2]) if pairs else flops
+
+
+_backward_op = Operator(
+    "dtrain::attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, float scale, {_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    cpu=_cpu_backward,
+    cuda=_cuda_backward,
+    fake=lambda grad_out, grad_lse, *qkv: tuple(empty_like(x) for x in qkv[:3]),
+    flops=_backward_flops,
 )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    (q, k, v, ctx.scale), lists, ctx.sizes = inputs[:4], inputs[4:8], inputs[8:]
+    ctx.save_for_backward(q, k, v, *output, *lists)
     ctx.set_materialize_grads(False)  # lse seldom has a gradient
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *lists = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.dtrain.attention_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.scale)
-    return *grads, None
+    grads = _backward_op(grad_out, grad_lse, q, k, v, out, lse, ctx.scale, *lists, *ctx.sizes)
+    return *grads, *[None] * 8
 
 
-torch.library.register_autograd("dtrain::attention_forward", _backward, setup_context=_save)
+_forward_op = Operator(
+    f"dtrain::attention_forward(Tensor q, Tensor k, Tensor v, float scale, {_MASK})"
+    " -> (Tensor out, Tensor lse)",
+    cpu=_cpu_forward,
+    cuda=_cuda_forward,
+    fake=lambda q, *_: (empty_like(q), empty_lse(q)),
+    flops=_forward_flops,
+    save=_save,
+    backward=_backward,
+)
 
 
-@register_flop_formula(torch.ops.dtrain.attention_forward)
-def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
+def _dense(q: Tensor, k: Tensor, *flat: Any) -> Tensor:
+    mask = _unflatten(flat, q, k)
+    assert mask is not None
+    return mask.dense()
 
 
-@register_flop_formula(torch.ops.dtrain.attention_backward)
-def _backward_flops(grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    # As PyTorch counts its own: five products, although the two kernels here do seven.
-    return int(sdpa_backward_flop_count(grad_out, q, k, v))
+_dense_op = Operator(
+    f"dtrain::dense_mask(Tensor q, Tensor k, {_MASK}) -> Tensor",
+    cpu=_dense,
+    cuda=_dense,
+    fake=lambda q, k, *_: q.new_empty(q.shape[2], k.shape[2], dtype=torch.bool),
+)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _choose(
-    wanted: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, return_lse: bool
-) -> Backend:
+def _key_steps(device: torch.device, head_dim: int, sparse: bool) -> tuple[int, ...]:
+    return () if device.type != "cuda" else key_steps(arch_of(device), head_dim, sparse)
+
+
+def serving(wanted: Backend, x: Tensor, keys: int, sparse: bool = False, return_lse: bool = False) -> Backend:
+    """Which backend `attention` takes for heads (..., D) as x, and says so the first time.
+
+    Args:
+        sparse: whether there is a mask.
+    Raises:
+        ValueError: the one that is wanted cannot serve.
+    """
+    # Lengths that the table does not tell apart share a compiled graph.
+    steps = _key_steps(x.device, x.shape[-1], sparse)
+    bucket = next((step for step in steps if keys <= step), math.inf)
+    chosen: Backend = _choose(wanted, x.device, x.dtype, x.shape[-1], sparse, return_lse, bucket)
+    return chosen
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choose(wanted: Backend, device: torch.device, dtype: torch.dtype, *call: Any) -> Backend:
     # Asked while torch.compile traces, which cannot see through the log and the cache.
-    return _chosen(wanted, device, dtype, head_dim, return_lse)
+    return _chosen(wanted, device, dtype, *call)
 
 
 @functools.cache
 def _chosen(
-    wanted: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, return_lse: bool
+    wanted: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    sparse: bool,
+    return_lse: bool,
+    keys: float,
 ) -> Backend:
     refusals: dict[Backend, str] = {
-        "triton": dense.refusal(device, dtype, head_dim),
-        "sdpa": "it returns no log-sum-exp" if return_lse else "",
+        "triton": refusal(device, dtype, head_dim),
+        "sdpa": "sdpa returns no log-sum-exp" if return_lse else "",
         "reference": "",
     }
     if wanted not in (*refusals, "auto"):
         raise ValueError(f"backend = {wanted!r}: must be one of 'auto', {str([*refusals])[1:-1]}")
     if refusals.get(wanted):
         raise ValueError(f"backend = {wanted!r}: {refusals[wanted]}; backend = 'auto' finds one that serves")
-    order = _preference(device, head_dim) if wanted == "auto" else [wanted]
+    order = _preference(device, head_dim, keys, sparse) if wanted == "auto" else [wanted]
     chosen = next(name for name in order if not refusals[name])
-    _log.info("attention on %s, %s, head dim %d: %s", device.type, dtype, head_dim, chosen)
+    _say(device.type, dtype, head_dim, sparse, chosen, refusals[order[0]])
     return chosen
 
 
-def _preference(device: torch.device, head_dim: int) -> list[Backend]:
+@functools.cache
+def _say(device: str, dtype: torch.dtype, head_dim: int, sparse: bool, chosen: Backend, refused: str) -> None:
+    what = "block-sparse attention" if sparse else "attention"
+    why = f" ({refused})" if refused else ""
+    _log.info("%s on %s, %s, head dim %d: %s%s", what, device, dtype, head_dim, chosen, why)
+
+
+def _preference(device: torch.device, head_dim: int, keys: float, sparse: bool) -> list[Backend]:
     if device.type != "cuda":
         return ["sdpa", "reference"]
-    if head_dim in _FASTER.get(arch_of(device), ()):
-        return ["triton", "sdpa", "reference"]
-    return ["sdpa", "triton", "reference"]
+    row = choice(arch_of(device), head_dim, keys, sparse)
+    ours = sparse if row is None else row.backend == "triton"
+    return ["triton", "sdpa", "reference"] if ours else ["sdpa", "triton", "reference"]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: BlockMask | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3:] != k.shape[3:]:
         raise ValueError(f"{shapes}: must be (B, H, M, D), (B, H, N, D), (B, H, N, D)")
@@ -142,6 +236,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype}: must be one")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale = {scale}: must be positive")
+    if mask is not None and mask.shape != (q.shape[2], k.shape[2]):
+        raise ValueError(f"{shapes}: the mask is for {mask.shape[0]} queries and {mask.shape[1]} keys")
+    if mask is not None and mask.queries.blocks.device != q.device:
+        raise ValueError(f"q is on {q.device}, the mask on {mask.queries.blocks.device}: use mask.to(...)")
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -151,6 +249,15 @@ def _autocast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
 
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: BlockMask | None) -> Tensor:
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    seen = _dense_op(q, k, *flatten(mask))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    # What a query without a key gets differs between SDPA's kernels.
+    return out.masked_fill(~seen.any(dim=1)[:, None], 0.0)
+
+
 @overload
 def attention(
     q: Tensor,
@@ -158,6 +265,7 @@ def attention(
     v: Tensor,
     *,
     scale: float | None = ...,
+    mask: BlockMask | None = ...,
     return_lse: Literal[False] = ...,
     backend: Backend = ...,
 ) -> Tensor: ...
@@ -170,6 +278,7 @@ def attention(
     v: Tensor,
     *,
     scale: float | None = ...,
+    mask: BlockMask | None = ...,
     return_lse: Literal[True],
     backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -181,6 +290,7 @@ def attention(
     v: Tensor,
     *,
     scale: float | None = None,
+    mask: BlockMask | None = None,
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -193,21 +303,29 @@ def attention(
         q: (B, H, M, D); every size at least 1.
         k, v: (B, H, N, D) in q's dtype.
         scale: 1/√D when None.
+        mask: which blocks of queries meet which blocks of keys, see `block_mask`: clips packed one after the
+            other, block-causal frames, windows. The same for all heads and the whole batch. All else is left
+            out of the work too. A query that meets no key gives 0, its log-sum-exp is -∞.
         return_lse: also return the log-sum-exp, natural, (B, H, M) in fp32 or better; it has a gradient too.
-        backend: "triton" is the kernel of `attention_dense`, for fp16, bf16, fp32 and head dims 32, 40 … 128;
-            "sdpa" is PyTorch's; "reference" stores the scores. "auto" is PyTorch's, except where the kernel
-            was measured to be faster, or where the log-sum-exp is asked for.
+        backend: "triton" is the kernel of this package, for fp16, bf16, fp32 and head dims 32, 40 … 128;
+            "sdpa" is PyTorch's, which computes all that a mask leaves out; "reference" stores the scores.
+            "auto" goes by the table of measurements, `tiles.CHOICES`; where it is silent, dense calls on a
+            GPU are PyTorch's and masked ones ours. On a CPU it is PyTorch's. The log says who serves.
     Returns: out (B, H, M, D), or (out, lse).
     Raises:
         ValueError: the shapes do not fit, or the chosen backend cannot serve.
     """
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    _check(q, k, v, scale)
-    chosen = _choose(backend, q.device, q.dtype, q.shape[-1], return_lse)
+    _check(q, k, v, scale, mask)
+    chosen = serving(backend, q, k.shape[2], mask is not None, return_lse)
     if chosen == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    op = torch.ops.dtrain.attention_forward if chosen == "triton" else reference.attention_with_lse
-    out, lse = op(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        return _sdpa(q, k, v, scale, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "triton":
+        out, lse = _forward_op(q, k, v, scale, *flatten(mask))
+    else:
+        seen = None if mask is None else _dense_op(q, k, *flatten(mask))
+        out, lse = reference.attention_with_lse(q, k, v, scale, seen)
     return (out, lse) if return_lse else out
 
 

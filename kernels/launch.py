@@ -1,4 +1,4 @@
-"""Triton where it is installed, the GPUs that kernels are made for, and what to compile for them ahead of time.
+"""Triton where it is installed, the GPUs that kernels are made for, and what to compile for them.
 
 Kernel files write `from dtrain.kernels.launch import tl, triton`, so that they import without Triton too.
 Their `aot_cases()` say what `dtrain.kernels.aot` compiles for GPUs that are not there.

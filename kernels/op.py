@@ -29,7 +29,7 @@ class Operator:
         fake: shapes and dtypes of the outputs, without their values.
         flops: FLOPs by the shapes of the arguments; None for an operator without matrix products.
         save: keeps what the backward pass needs, `save(ctx, inputs, output)`.
-        backward: gradients by the inputs, `backward(ctx, *grads)`; with `save`, makes it differentiable, once.
+        backward: gradients by the inputs, `backward(ctx, *grads)`; makes it differentiable, once.
     """
 
     def __init__(

@@ -12,17 +12,29 @@ from torch import Tensor
 
 
 def attention_with_lse(
-    q_BHMD: Tensor, k_BHND: Tensor, v_BHND: Tensor, scale: float | None = None
+    q_BHMD: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    scale: float | None = None,
+    mask_MN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale·q·kᵀ)·v for every head, and the log-sum-exp of the scores, in fp32 or better.
 
     Args:
         scale: 1/√D when None.
-    Returns: out (B, H, M, D) in q's dtype, lse (B, H, M), natural.
+        mask_MN: bool, true where a query sees a key; all see all when None.
+    Returns: out (B, H, M, D) in q's dtype, lse (B, H, M), natural. A query that sees no key has 0 and -∞.
     """
     scores_BHMN = _scores(q_BHMD, k_BHND, q_BHMD.shape[-1] ** -0.5 if scale is None else scale)
-    out = scores_BHMN.softmax(dim=-1) @ v_BHND.to(scores_BHMN.dtype)
-    return out.to(q_BHMD.dtype), scores_BHMN.logsumexp(dim=-1)
+    if mask_MN is None:
+        weights, lse = scores_BHMN.softmax(dim=-1), scores_BHMN.logsumexp(dim=-1)
+    else:
+        blind = ~mask_MN.any(dim=-1)  # kept out of the softmax, whose gradient there is NaN
+        scores_BHMN = scores_BHMN.masked_fill(~(mask_MN | blind[:, None]), -torch.inf)
+        weights = scores_BHMN.softmax(dim=-1).masked_fill(blind[:, None], 0.0)
+        lse = scores_BHMN.logsumexp(dim=-1).masked_fill(blind, -torch.inf)
+    out = weights @ v_BHND.to(weights.dtype)
+    return out.to(q_BHMD.dtype), lse
 
 
 def attention_backward(
@@ -34,12 +46,15 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    mask_MN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_with_lse` by q, k and v, from its inputs and outputs, in the inputs' dtypes.
 
     ds = p ∘ (dout·vᵀ - Σ dout ∘ out + dlse), with p = exp(s - lse).
     """
     p_BHMN = (_scores(q, k, scale) - lse[..., None]).exp()
+    if mask_MN is not None:  # exp(s + ∞) where a query sees no key
+        p_BHMN = p_BHMN.masked_fill(~mask_MN, 0.0)
     wide = p_BHMN.dtype
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
     if grad_lse is not None:
@@ -92,6 +107,55 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def qk_norm_rope(
+    qkv_BN3HD: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of a packed qkv, normed over each head and rotated, and its values.
+
+    Args:
+        q_weight, k_weight: (D,), see `rms_norm`; None leaves them as they are.
+        cos, sin: (N, D/2), see `apply_rope`; None rotates nothing.
+    Returns: q, k, v (B, H, N, D); views where nothing is done.
+    """
+    q, k, v = qkv_BN3HD.permute(2, 0, 3, 1, 4).unbind(0)
+    q = q if q_weight is None else rms_norm(q, q_weight, eps)
+    k = k if k_weight is None else rms_norm(k, k_weight, eps)
+    if cos is not None and sin is not None:
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    return q, k, v
+
+
+def norm_rope_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `apply_rope(rms_norm(x))` by x and by the weight, in their dtypes, from the output's.
+
+    With n = x·r and r = 1/√(mean(x²) + eps): dz is grad rotated backwards, dw = Σ dz ∘ n, and
+    dx = r·(w ∘ dz - n · mean(w ∘ dz ∘ n)).
+
+    Args:
+        grad, x: (..., N, D).
+        weight, cos, sin: None where that was left out.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    grad = grad.to(wide)
+    if cos is not None and sin is not None:
+        grad = apply_rope(grad, cos, -sin)
+    if weight is None:
+        return grad.to(x.dtype), None
+    factor = (x.to(wide).square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed = x.to(wide) * factor
+    grad_weight = (grad * normed).flatten(0, -2).sum(0)
+    grad = grad * weight
+    grad = factor * (grad - normed * (grad * normed).mean(-1, keepdim=True))
+    return grad.to(x.dtype), grad_weight.to(weight.dtype)
 
 
 def rope_angles(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dtrain.kernels.launch import known_arch
 
-__all__ = ["CHOICES", "TILES", "Choice", "Tile", "choice", "read_tables", "tiles"]
+__all__ = ["CHOICES", "TILES", "Choice", "Tile", "choice", "key_steps", "read_tables", "tiles"]
 
 _log = logging.getLogger(__name__)
 
@@ -152,12 +152,20 @@ def tiles(op: str, pass_name: str, arch: str, head_dim: int) -> Tile:
     return _tile(op, pass_name, arch, head_dim, _path())
 
 
-def choice(arch: str, head_dim: int, keys: int, sparse: bool) -> Choice | None:
+def choice(arch: str, head_dim: int, keys: float, sparse: bool) -> Choice | None:
     """The row that decides, of the file DTRAIN_TILES or of `CHOICES`; None where nothing was measured."""
+    return next((row for row in _rows(arch, head_dim, sparse) if row.keys >= keys), None)
+
+
+def key_steps(arch: str, head_dim: int, sparse: bool) -> tuple[int, ...]:
+    """The numbers of keys, ascending, at which `choice` may change."""
+    return tuple(sorted({row.keys for row in _rows(arch, head_dim, sparse)}))
+
+
+def _rows(arch: str, head_dim: int, sparse: bool) -> list[Choice]:
     own = read_tables(_path()).choices if _path() else {}
-    rows = [*own.get(arch, ()), *CHOICES.get(arch, ())]
-    fitting = (r for r in rows if r.head_dim >= head_dim and r.keys >= keys and r.sparse == sparse)
-    return next(fitting, None)
+    rows = (*own.get(arch, ()), *CHOICES.get(arch, ()))
+    return [row for row in rows if row.head_dim >= head_dim and row.sparse == sparse]
 
 
 def _path() -> str:
@@ -184,10 +192,9 @@ def read_tables(path: str) -> _Tables:
         ValueError: the file cannot be read, or names what is not in `TILES`.
     """
     try:
-        content = json.loads(Path(path).read_text())
-        choices = {
-            arch: tuple(Choice(**row) for row in rows) for arch, rows in content.pop("choices", {}).items()
-        }
+        content = dict(json.loads(Path(path).read_text()).items())
+        rows_of_choices = content.pop("choices", {})
+        choices = {arch: tuple(Choice(**row) for row in rows) for arch, rows in rows_of_choices.items()}
         table: Table = {
             op: {
                 pass_name: {
