@@ -64,7 +64,7 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *flat: Any) -> t
 
 def _form(device: torch.device, head_dim: int, keys: int, sparse: bool) -> attention_backward.Form:
     """The backward's form: split where runs must repeat or nothing was measured."""
-    row = None if device.type == "cpu" else choice(arch_of(device), head_dim, keys, sparse)
+    row = choice(arch_of(device), head_dim, keys, sparse)
     return "split" if row is None or torch.are_deterministic_algorithms_enabled() else row.backward
 
 

@@ -12,9 +12,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.kernels import attention as module
-from dtrain.kernels import attention_launch, reference
+from dtrain.kernels import attention_backward, attention_launch, reference, tiles
 from dtrain.kernels.attention import attention, merge
 from dtrain.kernels.block_mask import BlockMask, packed
+from dtrain.kernels.launch import arch_of
+from dtrain.kernels.tiles import Choice
 from tests.kernels.attention_checks import (
     DEVICE,
     assert_same,
@@ -109,6 +111,86 @@ def test_checkpointing_that_saves_the_operator_runs_it_once(saved: bool, runs: i
     counts = counter.get_flop_counts()["Global"]
     assert counts[OPS.attention_forward] == runs * 2 * product
     assert counts[OPS.attention_backward] == 5 * product
+
+
+BACKENDS = ["auto", "sdpa", "reference", pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_obeys_a_mask(backend: str) -> None:
+    """Clips of 17, 0 and 16 queries and of 20, 13 and 0 keys: the last queries see none."""
+    mask = packed((0, 17, 17, 33), (0, 20, 33, 33), block=(16, 16)).to(DEVICE)
+    qkv = draw_qkv(33, 33, 40)
+    grads = draw_grads(qkv[0])[:1]
+    function = functools.partial(attention, mask=mask)
+    ours = evaluate(function, qkv, grads, backend=backend)
+    torch.testing.assert_close(ours, evaluate(function, qkv, grads, backend="reference"))
+    parts = [x[:, :, :17] if i == 0 else x[:, :, :20] for i, x in enumerate(qkv)]
+    torch.testing.assert_close(ours[0][:, :, :17], attention(*parts))
+    assert not any(x[:, :, 17:].any() for x in ours[:2])
+    assert not ours[3][:, :, 20:].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_compile_without_a_break_once_for_all_sizes(backend: str) -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: list) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda *qkv, mask: attention(*qkv, mask=mask, backend=backend), backend=count, fullgraph=True
+    )
+    for cuts in ((0, 9, 40), (0, 30, 48, 70), (0, 20, 50), (0, 8, 16, 24, 90)):
+        mask = packed(cuts, block=(16, 16)).to(DEVICE)
+        qkv = draw_qkv(cuts[-1], cuts[-1], 40)
+        torch.testing.assert_close(compiled(*qkv, mask=mask), attention(*qkv, mask=mask, backend=backend))
+    assert len(graphs) <= 2  # for the first sizes, and for all others
+
+
+def test_flops_of_a_mask_are_those_of_its_pairs() -> None:
+    mask = packed((0, 17, 33), block=(16, 16)).to(DEVICE)
+    qkv = [x.requires_grad_() for x in draw_qkv(33, 33, 40)]
+    with FlopCounterMode(display=False) as counter:
+        OPS.attention_forward(*qkv, 0.2, *module.flatten(mask))[0].sum().backward()
+    product = 2 * 2 * (17 * 17 + 16 * 16) * 40
+    counts = counter.get_flop_counts()["Global"]
+    assert (counts[OPS.attention_forward], counts[OPS.attention_backward]) == (2 * product, 5 * product)
+
+
+def test_a_mask_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"q .*the mask is for 33 queries and 40 keys"):
+        attention(*draw_qkv(33, 33, 40), mask=packed((0, 33), (0, 40)))
+    with pytest.raises(ValueError, match=r"q is on cpu, the mask on meta: use mask.to"):
+        attention(*(x.cpu() for x in draw_qkv(33, 33, 40)), mask=packed((0, 33)).to("meta"))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@needs_triton
+def test_the_table_chooses_the_backward_and_determinism_overrules_it(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    kernel = attention_backward.backward
+    monkeypatch.setattr(attention_backward, "backward", lambda *args: used.append(args[-1]) or kernel(*args))
+    row = Choice(head_dim=64, keys=100, sparse=False, backend="triton", backward="fused")
+    monkeypatch.setattr(tiles, "CHOICES", {arch_of(DEVICE): (row,)})
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    for keys, head_dim in ((100, 64), (101, 64), (100, 72)):
+        qkv = draw_qkv(5, keys, head_dim)
+        evaluate(triton, qkv, draw_grads(qkv[0])[:1])
+    assert used == ["split" if deterministic else "fused", "split", "split"]
+
+
+def test_the_table_chooses_the_backend_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (Choice(64, 1000, False, "sdpa", "split"), Choice(64, 4000, False, "triton", "fused"))
+    monkeypatch.setattr(tiles, "CHOICES", {"sm_90": rows})
+    assert tiles.key_steps("sm_90", 64, False) == (1000, 4000)
+    chosen = [tiles.choice("sm_90", d, n, False) for d, n in ((64, 1000), (40, 1001), (64, 4001), (72, 5))]
+    assert chosen == [*rows, None, None]
+    assert tiles.choice("sm_90", 64, 10, sparse=True) is tiles.choice("sm_80", 64, 10, False) is None
 
 
 def test_auto_on_the_cpu_is_pytorchs() -> None:
