@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from dtrain.activations.policy import ActivationConfig
+from dtrain.attention_swap import AttentionConfig
 from dtrain.checkpoint import CheckpointConfig
 from dtrain.ema import EMAConfig
 from dtrain.mesh import MeshConfig
@@ -57,6 +58,7 @@ class RunConfig:
     )
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dtrain.attention_swap import swap_attention
 from dtrain.blocks import find_blocks
 from dtrain.config import RunConfig, build_recipe, check_world
 from dtrain.flops import training_flops
@@ -79,6 +80,7 @@ def dry_run(config: RunConfig, world: int) -> list[tuple[str, str]]:
         ("run folder", str(config.run_dir)),
         ("model", f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"),
         ("blocks", _block_names(model, blocks)),
+        ("attention", _attention(model, config)),
         ("mesh", f"{world} ranks = replicate {replicate} x shard {shard}"),
         (
             "batch",
@@ -98,6 +100,13 @@ def _state(held: StateBytes) -> str:
         "EMA": held.ema,
     }
     return f"{_size(held.total)} = " + " + ".join(f"{name} {_size(size)}" for name, size in parts.items())
+
+
+def _attention(model: nn.Module, config: RunConfig) -> str:
+    wanted = config.attention
+    if not wanted.swap:
+        return "the model's own"
+    return f"{swap_attention(model, wanted.backend)} (backend {wanted.backend})"
 
 
 def _block_names(model: nn.Module, blocks: list[nn.Module]) -> str:

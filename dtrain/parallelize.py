@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtrain.activations.policy import ActivationConfig, apply_activation_policy
+from dtrain.attention_swap import AttentionConfig, swap_attention
 from dtrain.blocks import find_blocks
 from dtrain.shard import ShardConfig, shard
 
@@ -31,6 +32,7 @@ class CompileConfig:
 class ParallelConfig:
     """All that `parallelize` applies; the tables of a run's config by the same names."""
 
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
@@ -60,6 +62,8 @@ def parallelize(
     """
     config = config or ParallelConfig()
     blocks = find_blocks(model, blocks)
+    if config.attention.swap:
+        swap_attention(model, config.attention.backend)
     apply_activation_policy(blocks, config.activations)
     compile_blocks(blocks, config.compile)
     shard(model, blocks, mesh, config.shard)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dtrain.activations.policy import ActivationConfig
+from dtrain.attention_swap import AttentionConfig
 from dtrain.dist import process_group
 from dtrain.mesh import MeshConfig, build_mesh, mean_over
 from dtrain.parallelize import ParallelConfig, parallelize
@@ -103,6 +104,7 @@ def _filled(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 def _shard(name: str, model: nn.Module, policy: str, replicate: int) -> tuple[nn.Module, DeviceMesh]:
     mesh = build_mesh(MeshConfig(replicate=replicate), dist.get_world_size(), "cpu")
     config = ParallelConfig(
+        attention=AttentionConfig(backend="reference"),  # what is compared with keeps its own
         activations=ActivationConfig(policy=policy),  # type: ignore[arg-type]
         shard=ShardConfig(extra_units=EXTRA_UNITS.get(name, ())),
     )

@@ -108,7 +108,7 @@ def test_bf16_compute_keeps_fp32_masters_and_timesteps(single_process_group: Non
 def test_compiled_blocks_give_the_same_gradients(single_process_group: None) -> None:
     plain, inputs = sharded_worker._filled("tiny_dit")
     compiled = copy.deepcopy(plain)
-    config = ParallelConfig(ActivationConfig(policy="full"), CompileConfig(enabled=True))
+    config = ParallelConfig(activations=ActivationConfig(policy="full"), compile=CompileConfig(enabled=True))
     parallelize(compiled, build_mesh(MeshConfig(), 1, "cpu"), config)
     for model in (plain, compiled):
         sharded_worker._loss(model, inputs).backward()

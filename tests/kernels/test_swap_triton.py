@@ -1,0 +1,50 @@
+"""Swapped third-party models through the Triton kernels, in the interpreter: equal to PyTorch's attention."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtrain.attention_swap import swap_attention
+from tests.dtrain import third_party as made
+
+
+class Ops(TorchDispatchMode):
+    """Counts the operators that the dispatcher sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [(partial(made.dit, 32), 2), (partial(made.wan, 32), 4), (partial(made.wan, 40), 4)],
+    ids=["dit", "wan", "wan of head dim 40"],
+)
+def test_loss_and_every_gradient_equal(make: Callable[[], made.Made], layers: int) -> None:
+    model, inputs = made.filled(make)
+    swapped = copy.deepcopy(model)
+    swap_attention(swapped, "triton")
+    wanted = made.loss(model, inputs)
+    wanted.backward()
+    with Ops() as ops:
+        found = made.loss(swapped, inputs)
+        found.backward()
+    assert ops.count["dtrain::attention_forward"] == ops.count["dtrain::attention_backward"] == layers
+    assert not [name for name in ops.count if "scaled_dot_product" in name]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    whole = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    for (name, one), other in zip(model.named_parameters(), swapped.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            assert (one.grad - other.grad).norm() < 1e-5 * whole, name
