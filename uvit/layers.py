@@ -7,12 +7,15 @@ Shapes: B batch, N tokens, D width, H heads.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dtrain.kernels import reference
-from dtrain.kernels.attention import attention
+from dtrain.kernels.attention import Backend
+from dtrain.kernels.attention_layer import qkv_attention
+from dtrain.kernels.qk_norm_rope import qk_norm_rope
 from uvit.embed import Rope
 
 
@@ -39,25 +42,36 @@ class SkipLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens, (B, N, D) to (B, N, D). `attend` may be replaced."""
+    """Self-attention over all tokens, (B, N, D) to (B, N, D).
+
+    `backend` says who computes it, see `kernels.attention`. `attend`, which is None, may be replaced by any
+    function from q, k, v (B, H, N, D/H), normed and rotated, to (B, H, N, D/H).
+    """
 
     def __init__(self, width: int, heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+        self.backend: Backend = "auto"
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(width // heads) if qk_norm else None
+        self.k_norm = RMSNorm(width // heads) if qk_norm else None
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D/H): views
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = (reference.apply_rope(y, rope.cos, rope.sin) for y in (q, k))
-        out: Tensor = self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        how = self._norms() | ({"cos": rope.cos, "sin": rope.sin} if rope else {})
+        if self.attend is None:
+            heads = qkv_attention(qkv, **how, backend=self.backend)
+        else:
+            heads = self.attend(*qk_norm_rope(qkv, **how)).transpose(1, 2).flatten(2)
+        out: Tensor = self.proj(heads)
         return out
+
+    def _norms(self) -> dict[str, Any]:
+        if self.q_norm is None or self.k_norm is None:
+            return {}
+        return {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight, "eps": self.q_norm.eps}
 
 
 class Mlp(nn.Module):
