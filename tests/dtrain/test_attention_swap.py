@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -334,9 +334,8 @@ def test_modules_made_for_it_are_told_the_backend() -> None:
 
 
 @pytest.fixture
-def fresh_compiler() -> Iterator[None]:
+def fresh_compiler() -> None:
     torch.compiler.reset()
-    yield
 
 
 @pytest.mark.parametrize("make", [made.dit, made.wan, made.cogvideox, made.packed, made.fused])
