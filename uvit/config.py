@@ -48,6 +48,16 @@ def _check_body(width: int, depth: int, heads: int, mlp_ratio: float) -> None:
         raise ValueError(f"mlp_ratio = {mlp_ratio}: must be positive; 4.0 is usual")
 
 
+def _check_window(window: Grid, tile: Grid) -> None:
+    if min(tile) < 1:
+        raise ValueError(f"window_tile = {tile}: every side must be positive")
+    if any(side < 0 or side % step for side, step in zip(window, tile, strict=True)):
+        fits = tuple(max(1, round(side / step)) * step for side, step in zip(window, tile, strict=True))
+        raise ValueError(
+            f"window = {window}: not a multiple of window_tile = {tile}; {fits} would be; 0 is all of an axis"
+        )
+
+
 @dataclass(frozen=True)
 class UViTConfig:
     """A U-ViT for images or video; an image is a one-frame video."""
@@ -74,6 +84,20 @@ class UViTConfig:
         default="learned",
         metadata={"help": "a learned table, interpolated at other sizes, or 3-axis rotary, which extends"},
     )
+    window: Grid = field(
+        default=(0, 0, 0),
+        metadata={
+            "help": "patches along (time, height, width) that a patch sees around it, multiples of "
+            "window_tile; 0 is all of that axis; attention then costs what it sees (on a GPU)"
+        },
+    )
+    window_tile: Grid = field(
+        default=(4, 8, 4),
+        metadata={
+            "help": "patches along (time, height, width) that share one window; 64 of them, or a multiple of "
+            "128, fill the kernels' blocks"
+        },
+    )
     condition: Literal["none", "class", "text"] = field(
         default="none", metadata={"help": "what the model is told besides the time"}
     )
@@ -99,6 +123,7 @@ class UViTConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be positive")
         if min(self.patch_size) < 1:
             raise ValueError(f"patch_size = {self.patch_size}: every side must be positive")
+        _check_window(self.window, self.window_tile)
         try:
             patch_grid(self.input_size, self.patch_size)
         except ValueError as error:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtrain.kernels.block_mask import BlockMask
 from dtrain.kernels.reference import rope_angles
 from uvit.config import Grid
 
@@ -81,6 +82,24 @@ class Rope:
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.cos = cos
         self.sin = sin
+
+
+class Layout:
+    """What attention knows of the tokens beside their features: where each stands, and who sees whom.
+
+    A plain object for the same reason as `Rope`, which passes through blocks, checkpoints and compiled code.
+
+    Args:
+        rope: rotations; None where positions are in the features.
+        mask: blocks of tokens that see each other; None where all do.
+    """
+
+    def __init__(self, rope: Rope | None = None, mask: BlockMask | None = None) -> None:
+        self.rope = rope
+        self.mask = mask
+
+
+PLAIN = Layout()
 
 
 def rope_table(extra: int, grid: Grid, head_dim: int, device: torch.device) -> Rope:

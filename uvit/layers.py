@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dtrain.kernels import reference
 from dtrain.kernels.attention import Backend
 from dtrain.kernels.attention_layer import qkv_attention
+from dtrain.kernels.block_mask import BlockMask
 from dtrain.kernels.qk_norm_rope import qk_norm_rope
-from uvit.embed import Rope
+from uvit.embed import PLAIN, Layout, Rope
 
 
 class RMSNorm(nn.Module):
@@ -42,29 +43,31 @@ class SkipLinear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens, (B, N, D) to (B, N, D).
+    """Self-attention over all tokens, or those that a mask lets them see, (B, N, D) to (B, N, D).
 
     `backend` says who computes it, see `kernels.attention`. `attend`, which is None, may be replaced by any
-    function from q, k, v (B, H, N, D/H), normed and rotated, to (B, H, N, D/H).
+    function from q, k, v (B, H, N, D/H), normed and rotated, to (B, H, N, D/H); where there is a mask it gets
+    it as `mask`.
     """
 
     def __init__(self, width: int, heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.backend: Backend = "auto"
-        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        self.attend: Callable[..., Tensor] | None = None
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.q_norm = RMSNorm(width // heads) if qk_norm else None
         self.k_norm = RMSNorm(width // heads) if qk_norm else None
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None = None, mask: BlockMask | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
         how = self._norms() | ({"cos": rope.cos, "sin": rope.sin} if rope else {})
         if self.attend is None:
-            heads = qkv_attention(qkv, **how, backend=self.backend)
+            heads = qkv_attention(qkv, **how, mask=mask, backend=self.backend)
         else:
-            heads = self.attend(*qk_norm_rope(qkv, **how)).transpose(1, 2).flatten(2)
+            masked = {} if mask is None else {"mask": mask}
+            heads = self.attend(*qk_norm_rope(qkv, **how), **masked).transpose(1, 2).flatten(2)
         out: Tensor = self.proj(heads)
         return out
 
@@ -107,11 +110,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.skip_linear = SkipLinear(width) if skip else None
 
-    def forward(self, x: Tensor, skip: Tensor | None = None, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, layout: Layout = PLAIN) -> Tensor:
         """(B, N, D) to (B, N, D); `skip` is ignored by a block without `skip_linear`."""
         if self.skip_linear is not None:
             x = self.skip_linear(x, skip)
-        x = x + self.attn(self.norm1(x), rope)
+        x = x + self.attn(self.norm1(x), layout.rope, layout.mask)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -140,14 +143,14 @@ def run_u(
     in_blocks: Iterable[nn.Module],
     mid_block: nn.Module,
     out_blocks: Iterable[nn.Module],
-    rope: Rope | None = None,
+    layout: Layout = PLAIN,
 ) -> Tensor:
     """Down the in blocks, through the mid block, up the out blocks with the skips last-in-first-out."""
     skips = []
     for block in in_blocks:
-        x = block(x, None, rope)
+        x = block(x, None, layout)
         skips.append(x)
-    x = mid_block(x, None, rope)
+    x = mid_block(x, None, layout)
     for block in out_blocks:
-        x = block(x, skips.pop(), rope)
+        x = block(x, skips.pop(), layout)
     return x

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from uvit.config import Grid, UViTConfig, patch_grid
-from uvit.embed import PatchEmbed, Rope, fit_positions, rope_table, timestep_embedding, unpatchify
+from uvit.embed import Layout, PatchEmbed, Rope, fit_positions, rope_table, timestep_embedding, unpatchify
 from uvit.layers import Block, RMSNorm, check_shapes, run_u, time_mlp
+from uvit.windows import windows_of
 
 Fill = Callable[[Tensor, torch.Generator], object]
 
@@ -65,9 +66,10 @@ class UViT(nn.Module):
         video = x.unsqueeze(2) if x.dim() == 4 else x
         grid = self._check(video, timesteps, y, context)
         tokens = torch.cat([*self._extra(timesteps, y, context), self.patch_embed(video)], dim=1)  # (B, N, D)
-        tokens, rope = self._locate(tokens, grid)
-        tokens = run_u(tokens, self.in_blocks, self.mid_block, self.out_blocks, rope)
-        frames = self._head(tokens[:, self.config.extra_tokens :], grid)  # (B·T, C, H, W)
+        tokens, layout, back = self._locate(tokens, grid)
+        tokens = run_u(tokens, self.in_blocks, self.mid_block, self.out_blocks, layout)
+        patches = tokens[:, self.config.extra_tokens :] if back is None else tokens.index_select(1, back)
+        frames = self._head(patches, grid)  # (B·T, C, H, W)
         if x.dim() == 4:
             return frames
         # A copy: FSDP2 hooks the output, and an in-place operation on a view would lose its hook.
@@ -100,11 +102,18 @@ class UViT(nn.Module):
             return [time, self.context_embed(context.to(dtype))]
         return [time]
 
-    def _locate(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Rope | None]:
-        c = self.config
+    def _locate(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Layout, Tensor | None]:
+        """Tokens with their positions and, for attention in windows, in tile order; what brings them back."""
+        c, rope = self.config, None
         if self.pos_embed is None:
-            return tokens, rope_table(c.extra_tokens, grid, c.head_dim, tokens.device)
-        return tokens + fit_positions(self.pos_embed, c.grid, grid), None
+            rope = rope_table(c.extra_tokens, grid, c.head_dim, tokens.device)
+        else:
+            tokens = tokens + fit_positions(self.pos_embed, c.grid, grid)
+        windows = windows_of(grid, c.window_tile, c.window, c.extra_tokens, tokens.device)
+        if windows is None:
+            return tokens, Layout(rope), None
+        rope = rope and Rope(rope.cos[windows.order], rope.sin[windows.order])
+        return tokens.index_select(1, windows.order), Layout(rope, windows.mask), windows.back
 
     def _head(self, patches: Tensor, grid: Grid) -> Tensor:
         patches = self.decoder_pred(self.norm(patches))
@@ -118,12 +127,19 @@ def token_count(config: UViTConfig, frames: int, height: int, width: int) -> int
 
 
 def forward_flops(config: UViTConfig, batch: int, frames: int, height: int, width: int) -> int:
-    """FLOPs of a forward pass: 2 per multiply-add of every matrix product, attention and convolution."""
+    """FLOPs of a forward pass: 2 per multiply-add of every matrix product, attention and convolution.
+
+    Of attention in windows, those of the pairs that see each other.
+    """
     c, d = config, config.width
     tokens = token_count(c, frames, height, width)
     patches = tokens - c.extra_tokens
     weights = 4 * d * d + 2 * d * int(d * c.mlp_ratio)  # qkv, proj, fc1, fc2
-    body = (c.depth + 1) * (2 * tokens * weights + 4 * tokens**2 * d)
+    windows = windows_of(
+        patch_grid((frames, height, width), c.patch_size), c.window_tile, c.window, c.extra_tokens
+    )
+    pairs = windows.mask.pairs if windows else tokens**2
+    body = (c.depth + 1) * (2 * tokens * weights + 4 * pairs * d)
     skips = c.long_skips * (c.depth // 2) * 4 * tokens * d * d
     ends = 2 * (2 * patches * c.patch_dim * d)  # patch_embed and decoder_pred
     time = c.time_embed * 16 * d * d

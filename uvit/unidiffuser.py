@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uvit.config import Grid, UniDiffuserConfig, patch_grid
-from uvit.embed import PatchEmbed, Rope, fit_positions, timestep_embedding, unpatchify
+from uvit.embed import PLAIN, Layout, PatchEmbed, fit_positions, timestep_embedding, unpatchify
 from uvit.layers import Attention, Mlp, SkipLinear, check_shapes, run_u, time_mlp
 
 
@@ -29,11 +29,11 @@ class PostNormBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.skip_linear = SkipLinear(width) if skip else None
 
-    def forward(self, x: Tensor, skip: Tensor | None = None, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, layout: Layout = PLAIN) -> Tensor:
         """(B, N, D) to (B, N, D)."""
         if self.skip_linear is not None and self.norm1 is not None:
             x = self.norm1(self.skip_linear(x, skip))
-        x = self.norm2(x + self.attn(x, rope))
+        x = self.norm2(x + self.attn(x, layout.rope, layout.mask))
         out: Tensor = self.norm3(x + self.mlp(x))
         return out
 

@@ -42,6 +42,16 @@ def uvit() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, {"x": torch.randn(BATCH, 3, 2, 4, 4), "timesteps": torch.rand(BATCH) * 1000}
 
 
+def uvit_windows() -> tuple[nn.Module, dict[str, Tensor]]:
+    import uvit
+
+    model = uvit.build(
+        "video_s2", input_size=(3, 8, 8), in_channels=3, width=24, depth=2, heads=2, condition="none",
+        window=(1, 2, 4), window_tile=(1, 2, 2),
+    )  # fmt: skip
+    return model, {"x": torch.randn(BATCH, 3, 3, 8, 8), "timesteps": torch.rand(BATCH) * 1000}
+
+
 def diffusers_dit() -> tuple[nn.Module, dict[str, Tensor]]:
     from diffusers import DiTTransformer2DModel
 
@@ -77,6 +87,7 @@ EXTRA_UNITS = {"diffusers_dit": ("transformer_blocks.0.norm1.emb",)}
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "tiny_dit": tiny_dit,
     "uvit": uvit,
+    "uvit_windows": uvit_windows,
     "diffusers_dit": diffusers_dit,
     "diffusers_wan": diffusers_wan,
 }

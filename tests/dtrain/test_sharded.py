@@ -15,7 +15,7 @@ from dtrain.shard import ShardConfig
 from tests.dtrain import sharded_worker
 from tests.launch import torchrun
 
-MODELS = ["tiny_dit", "uvit", "diffusers_dit", "diffusers_wan"]
+MODELS = ["tiny_dit", "uvit", "uvit_windows", "diffusers_dit", "diffusers_wan"]
 
 
 def distances(folder: Path, ranks: int, *arguments: str) -> dict[str, dict]:

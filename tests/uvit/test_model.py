@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uvit
 from uvit.config import Grid
-from uvit.embed import PatchEmbed, fit_positions, patchify, rope_table, timestep_embedding, unpatchify
+from uvit.embed import Layout, PatchEmbed, fit_positions, patchify, rope_table, timestep_embedding, unpatchify
 from uvit.layers import Attention, Block
 
 _CONFIG = uvit.UViTConfig(input_size=(4, 8, 8), patch_size=(1, 2, 2), width=32, depth=4, heads=4)
@@ -193,15 +193,16 @@ def _gradients(run: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_block_can_be_checkpointed(reentrant: bool) -> None:
     torch.manual_seed(0)
-    block, rope = Block(32, 4, qk_norm=True, skip=True), rope_table(1, (2, 2, 2), 8, torch.device("cpu"))
+    block = Block(32, 4, qk_norm=True, skip=True)
+    layout = Layout(rope_table(1, (2, 2, 2), 8, torch.device("cpu")))
     x, skip = torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 32)
-    plain = block(x, skip, rope)
-    again = checkpoint(block, x, skip, rope, use_reentrant=reentrant)
+    plain = block(x, skip, layout)
+    again = checkpoint(block, x, skip, layout, use_reentrant=reentrant)
     for out in (plain, again):
         out.square().mean().backward()
     gradients = [p.grad for p in block.parameters()]
     assert again.equal(plain)
-    single = _gradients(lambda: block(x, skip, rope), block)
+    single = _gradients(lambda: block(x, skip, layout), block)
     for twice, once in zip(gradients, single, strict=True):
         assert twice is not None
         torch.testing.assert_close(twice, 2 * once)
@@ -209,11 +210,12 @@ def test_a_block_can_be_checkpointed(reentrant: bool) -> None:
 
 def test_a_block_compiles_as_one_graph() -> None:
     torch.manual_seed(0)
-    block, rope = Block(32, 4, qk_norm=True, skip=True), rope_table(1, (2, 2, 2), 8, torch.device("cpu"))
+    block = Block(32, 4, qk_norm=True, skip=True)
+    layout = Layout(rope_table(1, (2, 2, 2), 8, torch.device("cpu")))
     x, skip = torch.randn(2, 9, 32), torch.randn(2, 9, 32)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, skip, rope), block(x, skip, rope))
-    ours, theirs = (_gradients(lambda f=f: f(x, skip, rope), block) for f in (compiled, block))
+    torch.testing.assert_close(compiled(x, skip, layout), block(x, skip, layout))
+    ours, theirs = (_gradients(lambda f=f: f(x, skip, layout), block) for f in (compiled, block))
     torch.testing.assert_close(ours, theirs)
 
 
