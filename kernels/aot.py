@@ -95,7 +95,12 @@ def compile_case(case: AotCase) -> Any:
         case.kernel,
         signature={n: "constexpr" if n in case.constexprs else case.signature[n] for n in names},
         constexprs=dict(case.constexprs),
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in case.divisible},
+        # As a launch has them, empty ones too: one that follows finds the compiled kernel in Triton's cache.
+        attrs={
+            (i,): [["tt.divisibility", 16]] if n in case.divisible else []
+            for i, n in enumerate(names)
+            if n in case.divisible or n in case.constexprs
+        },
     )
     return triton.compile(source, target=_target(case.arch), options=case.options)
 
