@@ -32,8 +32,16 @@ lint: install
 types: install
 	$(RUN) -m mypy
 
-gpu: install ## everything that is waiting for a GPU
-	$(RUN) -m pytest -m gpu
+# `make gpu PYTHON=python3` runs with the packages that are there, where nothing can be installed.
+ifeq ($(origin PYTHON),command line)
+gpu: GPU_RUN := $(PYTHON)
+else
+gpu: GPU_RUN := $(RUN)
+gpu: install
+endif
+gpu: OUT ?= build/gpu
+gpu: ## everything that waits for a GPU: tests, benchmarks, the tuner; ten minutes
+	PYTHONPATH=. $(GPU_RUN) -m benchmarks gpu --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

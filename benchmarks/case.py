@@ -81,6 +81,8 @@ class Case:
     device: Literal["cpu", "cuda"] = "cpu"
     rounds: int = 15
     warmup: int = 2
+    cold: bool = False
+    """Time the device alone, from an empty cache, launches queued ahead: for work of a few kernels."""
 
     def __post_init__(self) -> None:
         if self.baseline not in self.contestants:

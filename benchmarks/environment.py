@@ -1,5 +1,6 @@
 """Where a run took place: device, versions, commit; and how fast this device really computes and copies."""
 
+import functools
 import os
 import platform
 import subprocess
@@ -15,6 +16,8 @@ import torch
 from benchmarks.result import Device
 
 ROOT = Path(__file__).parent.parent
+
+_SPIN_CYCLES = 2_000_000  # about 1 ms: as long as the host takes to queue a backward pass
 
 
 def describe_device(kind: Literal["cpu", "cuda"]) -> Device:
@@ -61,12 +64,15 @@ def _driver() -> str | None:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """(commit, whether tracked files differ from it); recorded results do not count as a difference."""
+    """(commit, whether tracked files differ from it); recorded results do not count as a difference.
+
+    A copy without git's folder takes the commit from the environment variable GIT_COMMIT, if it is there.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        return os.environ.get("GIT_COMMIT") or None, None
     return commit, bool(status)
 
 
@@ -75,10 +81,18 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def seconds(call: Callable[[], object], kind: str) -> float:
-    """Time of one call: wall clock on the CPU, device events on CUDA, where launches return early."""
+def seconds(call: Callable[[], object], kind: str, cold: bool = False) -> float:
+    """Time of one call: wall clock on the CPU, device events on CUDA, where launches return early.
+
+    Args:
+        cold: on CUDA, overwrite the cache first, and keep the device busy while the host queues the call, so
+            that its launches cost nothing. For work of a few kernels.
+    """
     if kind == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if cold:
+            _cache_filler().zero_()
+            torch.cuda._sleep(_SPIN_CYCLES)
         start.record()
         call()
         end.record()
@@ -87,6 +101,12 @@ def seconds(call: Callable[[], object], kind: str) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+@functools.cache
+def _cache_filler() -> torch.Tensor:
+    """More bytes than any GPU's cache holds."""
+    return torch.empty(2**28, dtype=torch.int8, device="cuda")
 
 
 def measured_rates(kind: Literal["cpu", "cuda"], dtype: torch.dtype) -> tuple[float, float]:

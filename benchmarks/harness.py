@@ -23,12 +23,13 @@ from benchmarks.stats import estimate
 log = logging.getLogger(__name__)
 
 
-def run(case: Case, rounds: int | None = None) -> Result:
+def run(case: Case, rounds: int | None = None, rates: tuple[float, float] | None = None) -> Result:
     """Measure one case on this machine.
 
     Args:
         case: what to measure.
         rounds: timed rounds; the case's own number if None.
+        rates: what `measured_rates` gave before, for its floor; measured anew if None.
 
     Raises:
         ValueError: the case needs a device that is not here.
@@ -39,11 +40,11 @@ def run(case: Case, rounds: int | None = None) -> Result:
         )
     date = datetime.now(UTC).isoformat(timespec="seconds")
     rounds = case.rounds if rounds is None else rounds
-    floor = _floor(case)
+    floor = _floor(case, rates)
     works = {name: setup() for name, setup in case.contestants.items()}
     gates = check_gates(case, works)
     wall, cpu = time.perf_counter(), time.process_time()
-    times = _time_interleaved(works, rounds, case.warmup, case.device)
+    times = _time_interleaved(case, works, rounds)
     cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
     contestants = {name: _measure(case, works[name], times[name]) for name in works}
     commit, dirty = git_state()
@@ -82,24 +83,26 @@ def check_gates(case: Case, works: Mapping[str, Work]) -> tuple[GateResult, ...]
     return tuple(results)
 
 
-def _floor(case: Case) -> Floor:
+def _floor(case: Case, rates: tuple[float, float] | None) -> Floor:
     cost = case.cost
-    flops_per_s, bytes_per_s = measured_rates(case.device, getattr(torch, cost.dtype))
+    flops_per_s, bytes_per_s = rates or measured_rates(case.device, getattr(torch, cost.dtype))
     floor_ms = 1e3 * max(cost.flops / flops_per_s, cost.bytes / bytes_per_s)
     return Floor(cost.flops, cost.bytes, cost.reason, flops_per_s, bytes_per_s, floor_ms)
 
 
-def _time_interleaved(
-    works: Mapping[str, Work], rounds: int, warmup: int, kind: str
-) -> dict[str, list[float]]:
+def _time_interleaved(case: Case, works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in works}
+    warmup = case.warmup
     for index in range(warmup + rounds):
         for name in list(works)[:: -1 if index % 2 else 1]:
-            gc.collect()  # here, so that it does not strike inside the timed call
-            taken = seconds(works[name], kind)
+            if not case.cold:
+                gc.collect()  # here, so that it does not strike inside the timed call
+            taken = seconds(works[name], case.device, case.cold)
             if index >= warmup:
                 times[name].append(taken)
-        log.info("%s round %d of %d", "warm-up" if index < warmup else "timed", index + 1, warmup + rounds)
+        level = logging.DEBUG if case.cold else logging.INFO
+        phase = "warm-up" if index < warmup else "timed"
+        log.log(level, "%s round %d of %d", phase, index + 1, warmup + rounds)
     return times
 
 

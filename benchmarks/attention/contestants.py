@@ -1,0 +1,106 @@
+"""Who computes attention: this project's kernels, each backend of PyTorch's SDPA, and FlexAttention.
+
+What cannot serve a size says so by name: `refusal` calls it once, both ways, and returns its reason.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+
+from benchmarks.attention.problem import Attend, Problem
+from dtrain.kernels import attention_backward, attention_forward
+from dtrain.kernels.attention import attention
+from dtrain.kernels.block_mask import BlockMask
+
+__all__ = ["SDPA", "flex", "flex_mask", "ours", "our_backward", "refusal", "sdpa"]
+
+SDPA = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def ours(mask: BlockMask | None = None) -> Attend:
+    """The Triton kernels of this project."""
+    return lambda q, k, v: attention(q, k, v, mask=mask, backend="triton")
+
+
+def our_backward(problem: Problem, form: attention_backward.Form) -> Callable[[], tuple[Tensor, ...]]:
+    """Our gradients in one of their two forms, launched without autograd."""
+    scale = problem.shape.head_dim**-0.5
+    q, k, v = (x.detach() for x in problem.qkv)
+    out, lse = attention_forward.forward(q, k, v, scale, problem.mask)
+    return lambda: attention_backward.backward(
+        problem.grad, None, q, k, v, out, lse, scale, problem.mask, form
+    )
+
+
+def sdpa(backend: SDPBackend) -> Attend:
+    """PyTorch's attention, by one of its kernels and no other."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return attend
+
+
+def flex(device: str, block_mask: flex_attention.BlockMask | None = None) -> Attend:
+    """FlexAttention: compiled for the very shapes on a GPU, eager on the CPU."""
+    function: Callable[..., Tensor] = flex_attention.flex_attention
+    if device == "cuda":
+        # Its backward is called many times on one graph, which buffers given away would not survive.
+        torch._functorch.config.donated_buffer = False
+        torch._dynamo.config.recompile_limit = 128
+        function = torch.compile(function, dynamic=False)
+    return lambda q, k, v: function(q, k, v, block_mask=block_mask)
+
+
+def flex_mask(mask: BlockMask, device: str) -> flex_attention.BlockMask:
+    """Our block mask as FlexAttention's, of the same blocks; for masks whose blocks are all full.
+
+    Raises:
+        ValueError: some block is not full, so that FlexAttention's regular blocks cannot say it.
+    """
+    (tokens, _), (block, _) = mask.shape, mask.block
+    if tokens % block or any(
+        bool((lists.blocks[:, 1] != block).any()) for lists in (mask.queries, mask.keys)
+    ):
+        raise ValueError(f"mask = {mask}: FlexAttention needs blocks of {block} tokens each")
+    blocks = mask.queries.blocks.cpu()
+    columns = mask.queries.entries.cpu()[:, 0] // block
+    allowed = torch.zeros(len(blocks), tokens // block, dtype=torch.int32)
+    for row, (start, end) in enumerate(blocks[:, [2, 4]].tolist()):
+        allowed[row, columns[start:end].long()] = 1
+    counts = allowed.sum(-1, dtype=torch.int32)
+    indices = allowed.argsort(dim=-1, descending=True, stable=True).int()
+    none = torch.zeros_like(counts)
+    partial_counts, partial_indices, full_counts, full_indices = (
+        x.to(device)[None, None] for x in (none, indices, counts, indices)
+    )
+    return flex_attention.BlockMask.from_kv_blocks(
+        partial_counts, partial_indices, full_counts, full_indices, BLOCK_SIZE=block
+    )
+
+
+def refusal(attend: Attend, problem: Problem, backward: bool = True) -> str:
+    """Why it cannot serve the problem; empty where it can, forwards and, if asked, backwards."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            out = attend(*problem.qkv)
+            if backward:
+                torch.autograd.grad(out, problem.qkv, problem.grad)
+            if problem.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # a backend raises what it likes, and none may end the others' run
+            reasons = [str(error), *(str(w.message) for w in said)]
+            return f"{type(error).__name__}: " + "; ".join(
+                r.strip().splitlines()[0] for r in reasons if r.strip()
+            )
+    return ""
