@@ -22,14 +22,15 @@ above it. In a kernel: i_ index, o_ offsets, m_ mask, p_ pointer; a, b the halve
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dtrain.kernels.attention_launch import readable
 from dtrain.kernels.launch import SHARED_BYTES, AotCase, arch_of, can_launch, known_arch, tl, triton
 
-__all__ = ["NormRope", "aot_cases", "backward", "forward", "readable", "refusal"]
+__all__ = ["NormRope", "aot_cases", "backward", "forward", "refusal"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SIZES = [f"stride_{x}{axis}" for x in ("x", "y", "gq", "gk", "gv") for axis in "bnh"] + ["N", "H"]
@@ -185,6 +186,41 @@ def _forward_kernel(
             _store(p_v, mask, va, vb, HALF)
 
 
+@triton.jit
+def _heads_back(
+    G, X, DX, WEIGHT, p_sum, GV, DV, COS, cos, sin, i_b, o_n, first, end, N, eps,
+    stride_gb, stride_gn, stride_gh, stride_gvb, stride_gvn, stride_gvh,
+    stride_xb, stride_xn, stride_xh, stride_yb, stride_yn, stride_yh,
+    D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """dx of some heads of queries or keys, and their dw. With GV, dv of these heads as well."""
+    HALF: tl.constexpr = D // 2
+    o_d = tl.arange(0, WIDTH)
+    m_row = (o_n < N)[:, None]
+    mask = m_row & (o_d < HALF)[None, :]
+    wa, wb = _weight(WEIGHT, o_d, HALF)
+    sum_a = tl.zeros(mask.shape, tl.float32)
+    sum_b = tl.zeros(mask.shape, tl.float32)
+    for i_h in range(first, end):
+        # All loads come before the first store, beyond which the compiler may not move them.
+        a, b = _load(_rows(G, i_b, o_n, i_h, o_d, stride_gb, stride_gn, stride_gh, UNIT), mask, HALF)
+        xa, xb = a, b
+        if WEIGHT is not None:
+            xa, xb = _load(_rows(X, i_b, o_n, i_h, o_d, stride_xb, stride_xn, stride_xh, UNIT), mask, HALF)
+        if GV is not None:
+            p_v = _rows(GV, i_b, o_n, i_h, o_d, stride_gvb, stride_gvn, stride_gvh, UNIT)
+            va, vb = _load(p_v, mask, HALF)
+        a, b, sum_a, sum_b = _turn_back(
+            a, b, xa, xb, m_row, WEIGHT, wa, wb, COS, cos, sin, eps, sum_a, sum_b, D
+        )
+        _store(_rows(DX, i_b, o_n, i_h, o_d, stride_yb, stride_yn, stride_yh, UNIT), mask, a, b, HALF)
+        if GV is not None:
+            p_v = _rows(DV, i_b, o_n, i_h, o_d, stride_yb, stride_yn, stride_yh, UNIT)
+            _store(p_v, mask, va, vb, HALF)
+    if WEIGHT is not None:
+        _store(p_sum + o_d, o_d < HALF, tl.sum(sum_a, 0), tl.sum(sum_b, 0), HALF)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
     GQ, GK, GV, Q, K, DQ, DK, DV, Q_WEIGHT, K_WEIGHT, COS, SIN, SUMS,
@@ -193,52 +229,25 @@ def _backward_kernel(
     N, H, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """SUMS (programs, 2, D) fp32 takes a program's dw of queries and keys. GV and DV may be None together."""
+    """SUMS (programs, 2, D) fp32 takes a program's dw of queries and keys. GV and DV may be None together.
+
+    Queries come before keys, rather than both head by head, which takes more registers than there are.
+    """
     i_b, o_n, first, end = _place(N, H, TOKENS, HEADS)
     HALF: tl.constexpr = D // 2
     o_d = tl.arange(0, WIDTH)
-    m_row = (o_n < N)[:, None]
-    mask = m_row & (o_d < HALF)[None, :]
-    cos, sin = _angles(COS, SIN, o_n, o_d, mask, HALF)
-    w_qa, w_qb = _weight(Q_WEIGHT, o_d, HALF)
-    w_ka, w_kb = _weight(K_WEIGHT, o_d, HALF)
-    sum_qa = tl.zeros([TOKENS, WIDTH], tl.float32)
-    sum_qb = tl.zeros([TOKENS, WIDTH], tl.float32)
-    sum_ka = tl.zeros([TOKENS, WIDTH], tl.float32)
-    sum_kb = tl.zeros([TOKENS, WIDTH], tl.float32)
-    for i_h in range(first, end):
-        p_q = _rows(GQ, i_b, o_n, i_h, o_d, stride_gqb, stride_gqn, stride_gqh, UNIT)
-        p_k = _rows(GK, i_b, o_n, i_h, o_d, stride_gkb, stride_gkn, stride_gkh, UNIT)
-        qa, qb = _load(p_q, mask, HALF)
-        ka, kb = _load(p_k, mask, HALF)
-        qxa, qxb, kxa, kxb = qa, qb, ka, kb
-        if Q_WEIGHT is not None:
-            p_q = _rows(Q, i_b, o_n, i_h, o_d, stride_xb, stride_xn, stride_xh, UNIT)
-            qxa, qxb = _load(p_q, mask, HALF)
-        if K_WEIGHT is not None:
-            p_k = _rows(K, i_b, o_n, i_h, o_d, stride_xb, stride_xn, stride_xh, UNIT)
-            kxa, kxb = _load(p_k, mask, HALF)
-        if GV is not None:
-            p_v = _rows(GV, i_b, o_n, i_h, o_d, stride_gvb, stride_gvn, stride_gvh, UNIT)
-            va, vb = _load(p_v, mask, HALF)
-        qa, qb, sum_qa, sum_qb = _turn_back(
-            qa, qb, qxa, qxb, m_row, Q_WEIGHT, w_qa, w_qb, COS, cos, sin, eps, sum_qa, sum_qb, D
-        )
-        p_q = _rows(DQ, i_b, o_n, i_h, o_d, stride_yb, stride_yn, stride_yh, UNIT)
-        _store(p_q, mask, qa, qb, HALF)
-        ka, kb, sum_ka, sum_kb = _turn_back(
-            ka, kb, kxa, kxb, m_row, K_WEIGHT, w_ka, w_kb, COS, cos, sin, eps, sum_ka, sum_kb, D
-        )
-        p_k = _rows(DK, i_b, o_n, i_h, o_d, stride_yb, stride_yn, stride_yh, UNIT)
-        _store(p_k, mask, ka, kb, HALF)
-        if GV is not None:
-            p_v = _rows(DV, i_b, o_n, i_h, o_d, stride_yb, stride_yn, stride_yh, UNIT)
-            _store(p_v, mask, va, vb, HALF)
-    p_sum = SUMS + tl.program_id(0).to(tl.int64) * (2 * D) + o_d
-    if Q_WEIGHT is not None:
-        _store(p_sum, o_d < HALF, tl.sum(sum_qa, 0), tl.sum(sum_qb, 0), HALF)
-    if K_WEIGHT is not None:
-        _store(p_sum + D, o_d < HALF, tl.sum(sum_ka, 0), tl.sum(sum_kb, 0), HALF)
+    cos, sin = _angles(COS, SIN, o_n, o_d, (o_n < N)[:, None] & (o_d < HALF)[None, :], HALF)
+    p_sum = SUMS + tl.program_id(0).to(tl.int64) * (2 * D)
+    _heads_back(
+        GQ, Q, DQ, Q_WEIGHT, p_sum, None, None, COS, cos, sin, i_b, o_n, first, end, N, eps,
+        stride_gqb, stride_gqn, stride_gqh, stride_gvb, stride_gvn, stride_gvh,
+        stride_xb, stride_xn, stride_xh, stride_yb, stride_yn, stride_yh, D, WIDTH, UNIT,
+    )  # fmt: skip
+    _heads_back(
+        GK, K, DK, K_WEIGHT, p_sum + D, GV, DV, COS, cos, sin, i_b, o_n, first, end, N, eps,
+        stride_gkb, stride_gkn, stride_gkh, stride_gvb, stride_gvn, stride_gvh,
+        stride_xb, stride_xn, stride_xh, stride_yb, stride_yn, stride_yh, D, WIDTH, UNIT,
+    )  # fmt: skip
 
 
 class _Launch(NamedTuple):
@@ -264,11 +273,6 @@ def refusal(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     return ""
 
 
-def readable(x: Tensor) -> Tensor:
-    """x, or a copy where a row is not contiguous, as in the gradient of a sum."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _contiguous(how: NormRope) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in how[:4]]
 
@@ -285,7 +289,7 @@ def _unit(head_dim: int) -> int:
     return math.gcd(8, head_dim // 2)
 
 
-def _constants(arch: str, head_dim: int, unit: int) -> dict[str, int]:
+def _constants(arch: str, head_dim: int, unit: int) -> dict[str, Any]:
     launch = _LAUNCH[known_arch(arch)]
     width = 1 << (head_dim // 2 - 1).bit_length()
     tokens = max(1, launch.threads * _unit(head_dim) // width)
@@ -295,9 +299,9 @@ def _constants(arch: str, head_dim: int, unit: int) -> dict[str, int]:
 _OPTIONS = {"num_warps": _WARPS, "num_stages": 1, "enable_fp_fusion": True}
 
 
-def _grid(x_BNHD: Tensor, constants: dict[str, int]) -> int:
+def _grid(x_BNHD: Tensor, constants: dict[str, Any]) -> int:
     batch, tokens, heads, _ = x_BNHD.shape
-    return batch * -(-tokens // constants["TOKENS"]) * -(-heads // constants["HEADS"])
+    return batch * int(-(-tokens // constants["TOKENS"]) * -(-heads // constants["HEADS"]))
 
 
 def forward(qkv: Tensor, how: NormRope, outputs: Sequence[Tensor]) -> None:
@@ -351,22 +355,29 @@ def backward(
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Norm, rotation and values at the head dims that models use, in bf16, on every architecture."""
+    """Norm and rotation, with and without the values, at the head dims that models use, in bf16."""
+    kernels = {"forward": (_forward_kernel, ("V", "YV")), "backward": (_backward_kernel, ("GV", "DV"))}
     for arch in SHARED_BYTES:
-        for name, kernel in (("forward", _forward_kernel), ("backward", _backward_kernel)):
+        for name, (kernel, values) in kernels.items():
             for head_dim in (64, 72, 96, 128):
                 constants = _constants(arch, head_dim, _unit(head_dim))
-                signature = {x: _type(x) for x in kernel.arg_names if x not in constants}
-                yield AotCase(
-                    name=f"qk_norm_rope.{name} D={head_dim}",
-                    kernel=kernel,
-                    arch=arch,
-                    signature=signature,
-                    constexprs=constants,
-                    divisible=tuple(x for x, kind in signature.items() if kind.startswith("*")),
-                    options=_OPTIONS,
-                    tensor_cores=False,
-                )
+                yield _case(f"qk_norm_rope.{name} D={head_dim}", kernel, arch, constants)
+                constants |= dict.fromkeys(values)
+                yield _case(f"qk_norm_rope.{name} D={head_dim} without values", kernel, arch, constants)
+
+
+def _case(name: str, kernel: Any, arch: str, constants: dict[str, Any]) -> AotCase:
+    signature = {x: _type(x) for x in kernel.arg_names if x not in constants}
+    return AotCase(
+        name=name,
+        kernel=kernel,
+        arch=arch,
+        signature=signature,
+        constexprs=constants,
+        divisible=tuple(x for x, kind in signature.items() if kind.startswith("*")),
+        options=_OPTIONS,
+        tensor_cores=False,
+    )
 
 
 def _type(argument: str) -> str:

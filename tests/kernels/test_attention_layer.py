@@ -94,6 +94,20 @@ def test_sizes(tokens: int, head_dim: int) -> None:
     assert_exact(qkv, draw_how(tokens, head_dim, torch.float16) | {"eps": 0.1, "scale": 0.2})
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
+def test_real_sizes_in_bf16(head_dim: int) -> None:
+    """No more than twice the error of PyTorch's own attention after several passes."""
+    qkv, how = draw(1, 2500, 3, 4, head_dim, dtype=torch.bfloat16), draw_how(2500, head_dim, torch.bfloat16)
+    wide = {name: x.double() for name, x in how.items()}
+    exact = evaluate(plain, qkv.double(), wide, draw_grad(qkv).double())
+    theirs = evaluate(plain, qkv, how, draw_grad(qkv))
+    packed_sdpa = evaluate(functools.partial(qkv_attention, backend="sdpa"), qkv, how, draw_grad(qkv))
+    for ours in (evaluate(triton, qkv, how, draw_grad(qkv)), packed_sdpa):
+        for name, truth in exact.items():
+            assert (ours[name] - truth).norm() <= 2 * (theirs[name] - truth).norm(), name
+
+
 @needs_triton
 def test_masks() -> None:
     """Clips one after the other give what each gives alone."""
