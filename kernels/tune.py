@@ -41,12 +41,17 @@ _log = logging.getLogger(__name__)
 _FINALISTS = 3
 _TILES_PART = 0.75  # of the time; the rest is for the choices
 _WIDTH = 1152  # heads · head dim, about that of a model
+_BATCH_TOKENS = 16384
 _CHECK_TOKENS = 333  # no multiple of a block
 # Lengths that are timed, and up to which length each decides.
 _LENGTHS = {1024: 2048, 4096: 8192, 16384: 2**31 - 1}
 _CPU_LENGTHS = {48: 2**31 - 1}
 # Relative to fp64: rounding of the inputs' dtype many times over, and far below a wrong tile.
 _ERROR_BOUND = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+class DeviceLost(RuntimeError):
+    """No kernel runs any more in this process."""
 
 
 class Deadline:
@@ -134,12 +139,16 @@ class Tuner:
         groups = [(name, head_dim) for head_dim in head_dims for name in passes]
         # All at once: the next groups compile while this one is timed.
         judged = {group: self._judged(*group, pool) for group in groups}
-        for name, head_dim in groups:
-            if not self.deadline.over(f"tiles of {name}, head dim {head_dim}", _TILES_PART):
-                self._tile(name, head_dim, judged[name, head_dim])
-        for head_dim in head_dims:
-            if not self.deadline.over(f"choices of head dim {head_dim}"):
-                self._choices(head_dim)
+        try:
+            for name, head_dim in groups:
+                if not self.deadline.over(f"tiles of {name}, head dim {head_dim}", _TILES_PART):
+                    self._tile(name, head_dim, judged[name, head_dim])
+            for head_dim in head_dims:
+                if not self.deadline.over(f"choices of head dim {head_dim}"):
+                    self._choices(head_dim)
+        except DeviceLost as lost:
+            _log.error("%s: no kernel runs after it; what was found before is kept", lost)
+            self.deadline.left_out.append("all that was to come")
         return self.found
 
     def _judged(
@@ -180,8 +189,17 @@ class Tuner:
                 return Timing(name, real.head_dim, real.tokens, tile, problem="; ".join(problems))
             ms = _milliseconds(lambda: op.run(real, name, tile), self.device, rep=20)
         except Exception as error:  # launches fail in many ways, and the next candidate may not
+            self._still_there(f"{name}, head dim {real.head_dim}, {tile}")
             return Timing(name, real.head_dim, real.tokens, tile, problem=f"{type(error).__name__}: {error}")
         return Timing(name, real.head_dim, real.tokens, tile, ms)
+
+    def _still_there(self, suspect: str) -> None:
+        """A kernel that reads where it may not takes the GPU from the whole process."""
+        if self.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise DeviceLost(f"{suspect}: {str(error).partition(chr(10))[0]}") from error
 
     def _final(self, name: str, real: op.Problem, finalists: list[Timing]) -> Timing:
         again = []
@@ -244,8 +262,10 @@ class Tuner:
         return times
 
     def _problem(self, head_dim: int, tokens: int, heads: int = 0, clips: int = 1) -> op.Problem:
-        heads = heads or (max(1, _WIDTH // head_dim) if self.device == "cuda" else 1)
-        return op.Problem(self.device, self.dtype, 1, heads, tokens, head_dim, clips)
+        if self.device == "cpu" or heads:
+            return op.Problem(self.device, self.dtype, 1, heads or 1, tokens, head_dim, clips)
+        batch = max(1, _BATCH_TOKENS // tokens)  # enough work to hide the launches
+        return op.Problem(self.device, self.dtype, batch, _WIDTH // head_dim, tokens, head_dim, clips)
 
 
 def _both(problem: op.Problem, form: Any, own: Mapping[str, Tile]) -> None:

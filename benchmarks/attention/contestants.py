@@ -54,11 +54,15 @@ def flex(device: str, block_mask: flex_attention.BlockMask | None = None) -> Att
     """FlexAttention: compiled for the very shapes on a GPU, eager on the CPU."""
     function: Callable[..., Tensor] = flex_attention.flex_attention
     if device == "cuda":
-        # Its backward is called many times on one graph, which buffers given away would not survive.
-        torch._functorch.config.donated_buffer = False
-        torch._dynamo.config.recompile_limit = 128
+        torch._dynamo.config.recompile_limit = 128  # past it, a compiled function is silently eager
         function = torch.compile(function, dynamic=False)
-    return lambda q, k, v: function(q, k, v, block_mask=block_mask)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Its backward is called many times on one graph, which buffers given away would not survive.
+        with torch._functorch.config.patch(donated_buffer=False):
+            return function(q, k, v, block_mask=block_mask)
+
+    return attend
 
 
 def flex_mask(mask: BlockMask, device: str) -> flex_attention.BlockMask:

@@ -34,7 +34,7 @@ class OurLayer(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, qk_norm=True)
-        self.attn.backend = "triton"
+        self.attn.attention_backend = "triton"
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         out: Tensor = self.attn(self.norm1(x), Rope(cos, sin))

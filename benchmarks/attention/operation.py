@@ -19,7 +19,7 @@ from benchmarks.case import Case, Cost, Gate, Setup, Timed
 from dtrain.kernels import block_mask
 from dtrain.kernels.attention_backward import Form
 
-__all__ = ["OURS", "dense_plans", "window_plans"]
+__all__ = ["OURS", "Pass", "dense_plans", "window_plans"]
 
 OURS = "dtrain"
 _FUSED = "dtrain, fused backward"

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from benchmarks.attention.layer import layer_plans
+from benchmarks.attention.norm_rope import norm_rope_plans
 from benchmarks.attention.operation import dense_plans, window_plans
 from benchmarks.attention.plan import LeftOut, Plan, Settings, settings_for
 from benchmarks.environment import measured_rates
@@ -83,6 +84,7 @@ def read_sweep(path: Path) -> Sweep:
 def _plans(settings: Settings) -> Iterable[Plan]:
     yield from dense_plans(settings)
     yield from window_plans(settings)
+    yield from norm_rope_plans(settings)
     yield from layer_plans(settings)
 
 

@@ -46,8 +46,14 @@ def _ours(result: Result) -> str:
     words = [f"{metrics['call_ms'].value:9.3f} ms"]
     if OURS in _red(result):
         words.append("RED")
-    flops_per_s = result.floor.flops / metrics["call_ms"].value * 1e3
-    words.append(f"{flops_per_s / 1e12:7.1f} TFLOP/s {flops_per_s / result.floor.flops_per_s:4.0%}")
+    floor, seconds = result.floor, metrics["call_ms"].value / 1e3
+    # What bounds the work, and the share of what this device was just measured to give.
+    if floor.flops:
+        flops_per_s = floor.flops / seconds
+        words.append(f"{flops_per_s / 1e12:7.1f} TFLOP/s {flops_per_s / floor.flops_per_s:4.0%}")
+    else:
+        bytes_per_s = floor.bytes / seconds
+        words.append(f"{bytes_per_s / 1e12:7.2f} TB/s    {bytes_per_s / floor.bytes_per_s:4.0%}")
     return " ".join(words)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.attention import contestants, exact, suite, table
+from benchmarks.attention import contestants, exact, norm_rope, suite, table
 from benchmarks.attention.exact import exact_attention
 from benchmarks.attention.layer import Layer, LayerStep
 from benchmarks.attention.operation import dense_plans, window_plans
@@ -180,6 +180,25 @@ def test_the_table_has_a_line_a_case(result: Result) -> None:
     words = "attention_dense_forward_d64_n48 2.000 ms 500.0 TFLOP/s 25000% | SDPA flash ×2.00 | late red"
     assert " ".join(first.split()) == words
     assert rest == ["left out: a SDPA cuDNN: no", "left out: b : over", "1 cases in 3 s"]
+
+
+def test_work_without_flops_is_held_against_a_copy(result: Result) -> None:
+    floor = dataclasses.replace(result.floor, flops=0)
+    first = table.table(swept(result, floor=floor)).splitlines()[0]
+    # 10⁹ bytes in 2 ms, of 10¹⁰ a second
+    assert "2.000 ms 0.50 TB/s 5000% |" in " ".join(first.split())
+
+
+def test_the_norms_gate_notices_what_is_wrong() -> None:
+    settings = dataclasses.replace(settings_for("cpu", quick=True), dtype=torch.float32)
+    inputs = norm_rope.Inputs(settings, Shape(1, 2, 48, 12), (2, 4, 6))
+
+    def unweighted(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> object:
+        return norm_rope.plain(qkv, q_weight, k_weight * 1.01, cos, sin)
+
+    for way in ("forward", "backward"):
+        assert norm_rope.Step(inputs, norm_rope.plain, way).error() < 1e-5
+        assert norm_rope.Step(inputs, unweighted, way).error() > 5e-3
 
 
 def test_only_our_own_red_gates_make_a_sweep_unsound(result: Result) -> None:

@@ -39,7 +39,7 @@ def test_the_rehearsal_goes_all_the_way(tmp_path: Path) -> None:
     assert " passed, 1 skipped in" in done.stdout  # CUDA graphs alone
 
     sweep = read_sweep(tmp_path / "attention.json")
-    assert len(sweep.results) == 5
+    assert len(sweep.results) == 7  # two passes dense, in windows and of the norms, and the layer
     for result in sweep.results:
         assert {"dtrain"} < result.contestants.keys()
         assert result.passed, result.gates

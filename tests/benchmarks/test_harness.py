@@ -1,11 +1,13 @@
 """The harness on a real, tiny case: a matrix product against the same sum of outer products."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import environment
 from benchmarks.case import Case, Cost, Counted, Gate, Timed
 from benchmarks.harness import run
 from benchmarks.memory import peak_bytes
@@ -132,3 +134,20 @@ def test_a_case_names_its_baseline():
 def test_a_case_without_its_device_is_refused():
     with pytest.raises(ValueError, match="toy: needs a cuda device"):
         run(case(device="cuda"))
+
+
+def test_rates_may_come_from_before() -> None:
+    floor = run(case(rounds=1), rates=(2.0 * N**3, 1.0)).floor
+    assert (floor.flops_per_s, floor.bytes_per_s) == (2.0 * N**3, 1.0)
+    assert floor.floor_ms == 3 * N * N * 8 * 1e3  # bytes bind
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commit, dirty = environment.git_state()
+    assert commit
+    assert dirty is not None
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert environment.git_state() == (None, None)
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert environment.git_state() == ("abc", None)

@@ -285,7 +285,7 @@ def _train(backend: Backend) -> list[float]:
     model.to(DEVICE)
     for module in model.modules():
         if isinstance(module, uvit.layers.Attention):
-            module.backend = backend
+            module.attention_backend = backend
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     noise = draw(size(16, 2), 3, side, side).float()
     times = torch.linspace(0, 999, len(noise), device=DEVICE)
