@@ -45,15 +45,15 @@ class SkipLinear(nn.Linear):
 class Attention(nn.Module):
     """Self-attention over all tokens, or those that a mask lets them see, (B, N, D) to (B, N, D).
 
-    `backend` says who computes it, see `kernels.attention`. `attend`, which is None, may be replaced by any
-    function from q, k, v (B, H, N, D/H), normed and rotated, to (B, H, N, D/H); where there is a mask it gets
-    it as `mask`.
+    `attention_backend` says who computes it, see `kernels.attention`. `attend`, which is None, may be any
+    function from q, k, v (B, H, N, D/H), normed and rotated, to (B, H, N, D/H) instead; where there is a mask
+    it gets it as `mask`.
     """
 
     def __init__(self, width: int, heads: int, qkv_bias: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.backend: Backend = "auto"
+        self.attention_backend: Backend = "auto"
         self.attend: Callable[..., Tensor] | None = None
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.q_norm = RMSNorm(width // heads) if qk_norm else None
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
         how = self._norms() | ({"cos": rope.cos, "sin": rope.sin} if rope else {})
         if self.attend is None:
-            heads = qkv_attention(qkv, **how, mask=mask, backend=self.backend)
+            heads = qkv_attention(qkv, **how, mask=mask, backend=self.attention_backend)
         else:
             masked = {} if mask is None else {"mask": mask}
             heads = self.attend(*qk_norm_rope(qkv, **how), **masked).transpose(1, 2).flatten(2)

@@ -324,7 +324,7 @@ def test_u_vit_learns_the_same_through_the_operator() -> None:
 
     expected = gradients()
     for m in attentions:
-        m.backend = "triton"
+        m.attention_backend = "triton"
     with FlopCounterMode(display=False) as counter:
         ours = gradients()
     assert OPS.qkv_attention_backward in counter.get_flop_counts()["Global"]

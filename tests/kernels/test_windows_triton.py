@@ -10,7 +10,7 @@ from uvit.layers import Attention
 def _evaluate(model: nn.Module, backend: str) -> tuple[Tensor, list[Tensor]]:
     for module in model.modules():
         if isinstance(module, Attention):
-            module.backend = backend  # type: ignore[assignment]
+            module.attention_backend = backend  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(1)
     out = model(torch.randn(1, 4, 2, 5, 7, generator=generator), torch.tensor([300.0]))
     return out, list(torch.autograd.grad(out.sin().sum(), list(model.parameters())))
