@@ -41,7 +41,7 @@ gpu: install
 endif
 gpu: OUT ?= build/gpu
 gpu: ## everything that waits for a GPU: tests, benchmarks, the tuner; ten minutes
-	PYTHONPATH=. $(GPU_RUN) -m benchmarks gpu --out $(OUT)
+	PYTHONPATH=. $(GPU_RUN) -m benchmarks.gpu --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -2,12 +2,10 @@
 
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -105,65 +103,6 @@ def schema() -> None:
     """Write benchmarks/schema.json, the JSON Schema of result files."""
     SCHEMA.write_text(json.dumps(json_schema(Result), indent=1) + "\n", "utf-8")
     console.print(f"wrote {SCHEMA}")
-
-
-@app.command()
-def attention(
-    out: Annotated[Path, typer.Option(help="Folder for attention.json and the picture")] = Path(
-        "build/attention"
-    ),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer head dims, lengths and rounds.")] = False,
-    budget_s: Annotated[
-        float, typer.Option(min=1, help="Seconds after which no case starts; the largest come last")
-    ] = 540.0,
-    device: Annotated[
-        str, typer.Option(help="cuda, or cpu: tiny sizes that rehearse the run [cuda if there is one]")
-    ] = "",
-    plot: Annotated[bool, typer.Option("--plot", help="Draw attention.png too.")] = False,
-) -> None:
-    """Sweep attention: head dims, lengths, both passes, the layer, windows; against all of PyTorch's.
-
-    The exit code is 1 if our kernels ran nowhere or a gate of theirs is red.
-
-    Example: python -m benchmarks attention --quick --budget-s 240
-    """
-    from benchmarks.attention import suite, table
-
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device = {kind!r}: must be 'cuda' or 'cpu'")
-    sweep = suite.run_sweep(kind, out / "attention.json", quick, budget_s)  # type: ignore[arg-type]
-    if plot:
-        table.plot(sweep, out / "attention.png")
-    console.print(table.table(sweep), soft_wrap=True)
-    raise typer.Exit(0 if table.sound(sweep) else 1)
-
-
-@app.command()
-def gpu(
-    out: Annotated[Path, typer.Option(help="Folder for logs, results and tables")] = Path("build/gpu"),
-    budget_s: Annotated[float, typer.Option(min=1, help="Seconds for all stages together")] = 570.0,
-    rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Tiny sizes on the CPU, in Triton's interpreter.")
-    ] = False,
-    only: Annotated[list[str] | None, typer.Option(help="Stages to run, again and again [all]")] = None,
-) -> None:
-    """Everything that waits for a GPU: its tests, the sweep of attention, the tuner.
-
-    Example: python -m benchmarks gpu --out build/gpu --only attention --only tune
-    """
-    from benchmarks.gpu import run_stages, stages
-
-    begin = time.perf_counter()
-    known = list(stages(out.resolve(), rehearse))
-    for name in only or ():
-        if name not in [stage.name for stage in known]:
-            raise ValueError(f"only = {name!r}: must be one of {', '.join(stage.name for stage in known)}")
-    chosen = [stage for stage in known if not only or stage.name in only]
-    outcomes = run_stages(chosen, out.resolve(), budget_s - (time.perf_counter() - begin), rehearse)
-    for outcome in outcomes:
-        console.print(f"{outcome.name:10} exit code {outcome.exit_code:3}  {outcome.seconds:6.1f} s")
-    raise typer.Exit(int(any(outcome.exit_code for outcome in outcomes)))
 
 
 def _choose(known: Mapping[str, Case], names: Sequence[str] | None) -> list[Case]:

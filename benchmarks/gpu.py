@@ -1,10 +1,12 @@
 """Everything that waits for a GPU, in one go: its tests, the sweep of attention, and the tuner.
 
-`python -m benchmarks gpu` works from a clone in which nothing is installed, with the packages that are there:
-test files that need others are skipped, by name. What a stage leaves of its share of the time goes to the
-next ones. A rehearsal runs the same stages at tiny sizes on the CPU, in Triton's interpreter.
+`python -m benchmarks.gpu` works from a clone in which nothing is installed, with the packages that are there:
+PyTorch, Triton and pytest. Test files that need others are skipped, by name. What a stage leaves of its share
+of the time goes to the next ones. A rehearsal runs the same stages at tiny sizes on the CPU, in Triton's
+interpreter.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.environment import ROOT
 
-__all__ = ["Outcome", "Stage", "run_stages", "stages"]
+__all__ = ["Outcome", "Stage", "main", "run_stages", "stages"]
 
 _REHEARSAL = {
     "TRITON_INTERPRET": "1", "DTRAIN_REHEARSAL": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
@@ -66,8 +68,7 @@ def stages(out: Path, rehearse: bool) -> Iterator[Stage]:
         )
     sweep = (
         "-m",
-        "benchmarks",
-        "attention",
+        "benchmarks.attention",
         "--quick",
         "--plot",
         "--out",
@@ -166,3 +167,36 @@ def _missing(paths: Sequence[Path]) -> list[str]:
     )
     names = re.findall(r"^missing:(.*)$", done.stdout, re.MULTILINE)
     return ["" if name.partition(".")[0] in _OURS else name for name in names]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="All that waits for a GPU.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/gpu"), help="folder for logs, results, tables"
+    )
+    parser.add_argument("--budget-s", type=float, default=570.0, help="seconds for all stages together")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, in the interpreter")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="of tests, kernels, attention and tune")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 1 where a stage failed."""
+    begin = time.perf_counter()
+    arguments = _arguments(argv)
+    out: Path = arguments.out.resolve()
+    known = {stage.name: stage for stage in stages(out, arguments.rehearse)}
+    for name in arguments.only or ():
+        if name not in known:
+            print(f"error: --only = {name}: must be one of {', '.join(known)}", file=sys.stderr)
+            return 2
+    chosen = [known[name] for name in known if name in (arguments.only or known)]
+    left = arguments.budget_s - (time.perf_counter() - begin)
+    outcomes = run_stages(chosen, out, left, arguments.rehearse)
+    for outcome in outcomes:
+        print(f"{outcome.name:10} exit code {outcome.exit_code:3}  {outcome.seconds:6.1f} s")
+    return int(any(outcome.exit_code for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
