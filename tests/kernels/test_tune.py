@@ -1,18 +1,19 @@
 """The tuner: what it tries, throws out and writes. tests/benchmarks/test_gpu.py rehearses a whole run."""
 
 import json
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
 import torch
 
-from dtrain.kernels import tune
 from dtrain.kernels import tune_attention as op
+from dtrain.kernels import tune_search
 from dtrain.kernels.aot import Measurement
 from dtrain.kernels.launch import HAS_TRITON, can_launch
 from dtrain.kernels.tiles import Choice, Tile, choice, read_tables, tiles
-from dtrain.kernels.tune import Deadline, Findings, Tuner, main
+from dtrain.kernels.tune import main
+from dtrain.kernels.tune_search import Deadline, Findings, Tuner
 from tests.launch import run_python
 
 needs_interpreter = pytest.mark.skipif(
@@ -113,7 +114,7 @@ def test_tiles_that_spill_or_compute_wrongly_drop_out(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(op, "run", sometimes_wrong)
     # The wrong one would be the fastest.
-    monkeypatch.setattr(tune, "_milliseconds", lambda call, device, rep: call() and 1.0)
+    monkeypatch.setattr(tune_search, "_milliseconds", lambda call, device, rep: call() and 1.0)
     one = tuner()
     one._tile("backward_dkdv", 64, [(SPILLS, judged("9 spill stores")), (WRONG, judged()), (FAST, judged())])
     assert one.found.tiles == {"backward_dkdv": {64: FAST}}
@@ -126,7 +127,7 @@ def test_the_fastest_wins_and_is_timed_twice(monkeypatch: pytest.MonkeyPatch) ->
     launched: list[Tile] = []
     monkeypatch.setattr(op, "run", lambda problem, name, tile: launched.append(tile) or {})
     times = iter([3.0, 1.0, 2.0, 1.5, 1.2, 9.0])  # then the two fastest and the third again
-    monkeypatch.setattr(tune, "_milliseconds", lambda call, device, rep: call() == {} and next(times))
+    monkeypatch.setattr(tune_search, "_milliseconds", lambda call, device, rep: call() == {} and next(times))
     one = tuner()
     one._tile("forward", 64, [(tile, judged()) for tile in (WRONG, FAST, SPILLS)])
     assert launched == [WRONG, WRONG, FAST, FAST, SPILLS, SPILLS, FAST, SPILLS, WRONG]
@@ -158,13 +159,13 @@ def test_the_quicker_of_ours_decides_against_pytorchs() -> None:
 
 def test_what_comes_after_the_deadline_is_left_out_by_name() -> None:
     one = tuner(budget_s=0.0)
-    found = one.run([64], ["forward"], pool=_NoPool())  # type: ignore[arg-type]
+    found = one.run([64], ["forward"], pool=_NoPool())
     assert found == Findings()
     assert one.deadline.left_out == ["tiles of forward, head dim 64", "choices of head dim 64"]
 
 
-class _NoPool:
-    def submit(self, function: object, job: object) -> "Future[Measurement]":
+class _NoPool(Executor):
+    def submit(self, function, /, *arguments, **options) -> "Future[Measurement]":
         return judged()
 
 
