@@ -1,4 +1,4 @@
-"""Attention as PyTorch sees it: two operators with CPU, CUDA and fake kernels, and the choice of who serves.
+"""Attention as PyTorch sees it: two operators with CPU, CUDA and fake kernels, and what calls them.
 
 As operators of the dispatcher they can be saved by selective activation checkpointing, compiled through
 without a break in the graph, and counted by PyTorch's FLOP counter.
@@ -6,8 +6,6 @@ without a break in the graph, and counted by PyTorch's FLOP counter.
 Shapes: B batch, H heads, M queries, N keys, D width of a head.
 """
 
-import functools
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -18,20 +16,18 @@ from torch import Tensor
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from dtrain.kernels import attention_backward, attention_forward, reference
+from dtrain.kernels.attention_choice import Backend, backward_form, serving
 from dtrain.kernels.attention_launch import empty_like, empty_lse, refusal
 from dtrain.kernels.block_mask import BlockLists, BlockMask
-from dtrain.kernels.launch import arch_of
 from dtrain.kernels.op import Operator
-from dtrain.kernels.tiles import choice, key_steps
 
-__all__ = ["Backend", "attention", "merge"]
-
-Backend = Literal["auto", "triton", "sdpa", "reference"]
-
-_log = logging.getLogger(__name__)
+__all__ = [
+    "Backend", "attention", "merge",
+    "MASK", "flatten", "unflatten", "as_autocast", "check", "computed_flops",
+]  # fmt: skip
 
 # A block mask as the dispatcher takes it; dense attention has None and zeros.
-_MASK = (
+MASK = (
     "Tensor? query_blocks, Tensor? query_entries, Tensor? key_blocks, Tensor? key_entries, "
     "SymInt block_q, SymInt block_k, SymInt pairs"
 )
@@ -42,7 +38,8 @@ def flatten(mask: BlockMask | None) -> tuple[Any, ...]:
     return (*mask.queries, *mask.keys, *mask.block, mask.pairs) if mask else (None,) * 4 + (0,) * 3
 
 
-def _unflatten(flat: Sequence[Any], q: Tensor, k: Tensor) -> BlockMask | None:
+def unflatten(flat: Sequence[Any], q: Tensor, k: Tensor) -> BlockMask | None:
+    """What `flatten` took apart."""
     if flat[0] is None:
         return None
     lists, block, pairs = flat[:4], flat[4:6], flat[6]
@@ -51,21 +48,15 @@ def _unflatten(flat: Sequence[Any], q: Tensor, k: Tensor) -> BlockMask | None:
 
 
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *flat: Any) -> tuple[Tensor, Tensor]:
-    return attention_forward.forward(q, k, v, scale, _unflatten(flat, q, k))
+    return attention_forward.forward(q, k, v, scale, unflatten(flat, q, k))
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *flat: Any) -> tuple[Tensor, Tensor]:
     if not refusal(q.device, q.dtype, q.shape[-1]):  # Triton's interpreter
         return _cuda_forward(q, k, v, scale, *flat)
-    mask = _unflatten(flat, q, k)
+    mask = unflatten(flat, q, k)
     out, lse = reference.attention_with_lse(q, k, v, scale, mask.dense() if mask else None)
     return empty_like(q).copy_(out), lse
-
-
-def _form(device: torch.device, head_dim: int, keys: int, sparse: bool) -> attention_backward.Form:
-    """The backward's form: split where runs must repeat or nothing was measured."""
-    row = choice(arch_of(device), head_dim, keys, sparse)
-    return "split" if row is None or torch.are_deterministic_algorithms_enabled() else row.backward
 
 
 def _cuda_backward(
@@ -79,8 +70,8 @@ def _cuda_backward(
     scale: float,
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _unflatten(flat, q, k)
-    form = _form(q.device, q.shape[-1], k.shape[2], mask is not None)
+    mask = unflatten(flat, q, k)
+    form = backward_form(q.device, q.shape[-1], k.shape[2], mask is not None)
     return attention_backward.backward(grad_out, grad_lse, q, k, v, out, lse, scale, mask, form)
 
 
@@ -90,7 +81,7 @@ def _cpu_backward(
     if not refusal(q.device, q.dtype, q.shape[-1]):
         return _cuda_backward(grad_out, grad_lse, q, k, v, *rest)
     out, lse, scale, *flat = rest
-    mask = _unflatten(flat, q, k)
+    mask = unflatten(flat, q, k)
     seen = mask.dense() if mask else None
     grads = reference.attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale, seen)
     dq, dk, dv = (empty_like(x).copy_(grad) for x, grad in zip((q, k, v), grads, strict=True))
@@ -98,21 +89,22 @@ def _cpu_backward(
 
 
 def _forward_flops(q: Any, k: Any, v: Any, scale: Any, *flat: Any, **_: Any) -> int:
-    return _computed(int(sdpa_flop_count(q, k, v)), q, k, flat[-1])
+    return computed_flops(int(sdpa_flop_count(q, k, v)), q, k, flat[-1])
 
 
 def _backward_flops(grad_out: Any, grad_lse: Any, q: Any, k: Any, v: Any, *rest: Any, **_: Any) -> int:
     # As PyTorch counts its own: five products, although the split form does seven.
-    return _computed(int(sdpa_backward_flop_count(grad_out, q, k, v)), q, k, rest[-1])
+    return computed_flops(int(sdpa_backward_flop_count(grad_out, q, k, v)), q, k, rest[-1])
 
 
-def _computed(flops: int, q: Any, k: Any, pairs: int) -> int:
+def computed_flops(flops: int, q: Any, k: Any, pairs: int) -> int:
+    """The part of dense attention's FLOPs that a mask of so many pairs leaves; all without a mask."""
     return flops * pairs // (q[2] * k[2]) if pairs else flops
 
 
 _backward_op = Operator(
     "dtrain::attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, float scale, {_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"Tensor lse, float scale, {MASK}) -> (Tensor dq, Tensor dk, Tensor dv)",
     cpu=_cpu_backward,
     cuda=_cuda_backward,
     fake=lambda grad_out, grad_lse, *qkv: tuple(empty_like(x) for x in qkv[:3]),
@@ -135,7 +127,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 _forward_op = Operator(
-    f"dtrain::attention_forward(Tensor q, Tensor k, Tensor v, float scale, {_MASK})"
+    f"dtrain::attention_forward(Tensor q, Tensor k, Tensor v, float scale, {MASK})"
     " -> (Tensor out, Tensor lse)",
     cpu=_cpu_forward,
     cuda=_cuda_forward,
@@ -147,86 +139,21 @@ _forward_op = Operator(
 
 
 def _dense(q: Tensor, k: Tensor, *flat: Any) -> Tensor:
-    mask = _unflatten(flat, q, k)
+    mask = unflatten(flat, q, k)
     assert mask is not None
     return mask.dense()
 
 
 _dense_op = Operator(
-    f"dtrain::dense_mask(Tensor q, Tensor k, {_MASK}) -> Tensor",
+    f"dtrain::dense_mask(Tensor q, Tensor k, {MASK}) -> Tensor",
     cpu=_dense,
     cuda=_dense,
     fake=lambda q, k, *_: q.new_empty(q.shape[2], k.shape[2], dtype=torch.bool),
 )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _key_steps(device: torch.device, head_dim: int, sparse: bool) -> tuple[int, ...]:
-    return () if device.type != "cuda" else key_steps(arch_of(device), head_dim, sparse)
-
-
-def serving(wanted: Backend, x: Tensor, keys: int, sparse: bool = False, return_lse: bool = False) -> Backend:
-    """Which backend `attention` takes for heads (..., D) as x, and says so the first time.
-
-    Args:
-        sparse: whether there is a mask.
-    Raises:
-        ValueError: the one that is wanted cannot serve.
-    """
-    # Lengths that the table does not tell apart share a compiled graph.
-    steps = _key_steps(x.device, x.shape[-1], sparse)
-    bucket = next((step for step in steps if keys <= step), math.inf)
-    chosen: Backend = _choose(wanted, x.device, x.dtype, x.shape[-1], sparse, return_lse, bucket)
-    return chosen
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _choose(wanted: Backend, device: torch.device, dtype: torch.dtype, *call: Any) -> Backend:
-    # Asked while torch.compile traces, which cannot see through the log and the cache.
-    return _chosen(wanted, device, dtype, *call)
-
-
-@functools.cache
-def _chosen(
-    wanted: Backend,
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    sparse: bool,
-    return_lse: bool,
-    keys: float,
-) -> Backend:
-    refusals: dict[Backend, str] = {
-        "triton": refusal(device, dtype, head_dim),
-        "sdpa": "sdpa returns no log-sum-exp" if return_lse else "",
-        "reference": "",
-    }
-    if wanted not in (*refusals, "auto"):
-        raise ValueError(f"backend = {wanted!r}: must be one of 'auto', {str([*refusals])[1:-1]}")
-    if refusals.get(wanted):
-        raise ValueError(f"backend = {wanted!r}: {refusals[wanted]}; backend = 'auto' finds one that serves")
-    order = _preference(device, head_dim, keys, sparse) if wanted == "auto" else [wanted]
-    chosen = next(name for name in order if not refusals[name])
-    _say(device.type, dtype, head_dim, sparse, chosen, refusals[order[0]])
-    return chosen
-
-
-@functools.cache
-def _say(device: str, dtype: torch.dtype, head_dim: int, sparse: bool, chosen: Backend, refused: str) -> None:
-    what = "block-sparse attention" if sparse else "attention"
-    why = f" ({refused})" if refused else ""
-    _log.info("%s on %s, %s, head dim %d: %s%s", what, device, dtype, head_dim, chosen, why)
-
-
-def _preference(device: torch.device, head_dim: int, keys: float, sparse: bool) -> list[Backend]:
-    if device.type != "cuda":
-        return ["sdpa", "reference"]
-    row = choice(arch_of(device), head_dim, keys, sparse)
-    ours = sparse if row is None else row.backend == "triton"
-    return ["triton", "sdpa", "reference"] if ours else ["sdpa", "triton", "reference"]
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: BlockMask | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: BlockMask | None) -> None:
+    """Raise ValueError where the arguments of `attention` do not fit each other."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3:] != k.shape[3:]:
         raise ValueError(f"{shapes}: must be (B, H, M, D), (B, H, N, D), (B, H, N, D)")
@@ -242,7 +169,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: BlockMask
         raise ValueError(f"q is on {q.device}, the mask on {mask.queries.blocks.device}: use mask.to(...)")
 
 
-def _autocast(x: Tensor) -> Tensor:
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype that PyTorch's own attention would cast it to under autocast."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x
@@ -315,8 +243,8 @@ def attention(
     Raises:
         ValueError: the shapes do not fit, or the chosen backend cannot serve.
     """
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    _check(q, k, v, scale, mask)
+    q, k, v = as_autocast(q), as_autocast(k), as_autocast(v)
+    check(q, k, v, scale, mask)
     chosen = serving(backend, q, k.shape[2], mask is not None, return_lse)
     if chosen == "sdpa":
         return _sdpa(q, k, v, scale, mask)

@@ -21,7 +21,8 @@ from dtrain.kernels import attention as core
 from dtrain.kernels import attention_backward, attention_forward, reference
 from dtrain.kernels import qk_norm_rope as parts
 from dtrain.kernels import qk_norm_rope_kernels as kernels
-from dtrain.kernels.attention import Backend, attention
+from dtrain.kernels.attention import attention
+from dtrain.kernels.attention_choice import Backend, backward_form, serving
 from dtrain.kernels.attention_launch import empty_lse, readable, refusal
 from dtrain.kernels.block_mask import BlockMask
 from dtrain.kernels.op import Operator
@@ -40,7 +41,7 @@ class _Options(NamedTuple):
 
 def _options(flat: Sequence[Any], qkv: Tensor) -> _Options:
     tokens = qkv.select(2, 0).transpose(1, 2)
-    return _Options(NormRope(*flat[:5]), flat[5], core._unflatten(flat[6:], tokens, tokens))
+    return _Options(NormRope(*flat[:5]), flat[5], core.unflatten(flat[6:], tokens, tokens))
 
 
 def _split(qkv: Tensor, how: NormRope) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +82,7 @@ def _backward_kernel(
     q, k, v = _split(qkv, how)
     grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    form = core._form(q.device, q.shape[-1], q.shape[2], mask is not None)
+    form = backward_form(q.device, q.shape[-1], q.shape[2], mask is not None)
     dv = grad_qkv[:, :, 2].transpose(1, 2)
     dq, dk, _ = attention_backward.backward(
         grad_out, grad_lse, q, k, v, out, lse, scale, mask, form=form, dv=dv
@@ -119,13 +120,15 @@ def _heads_first(packed: Any) -> tuple[int, int, int, int]:
 
 def _forward_flops(qkv: Any, *flat: Any, **_: Any) -> int:
     shape = _heads_first(qkv)
-    return core._computed(int(sdpa_flop_count(shape, shape, shape)), shape, shape, flat[-1])
+    return core.computed_flops(int(sdpa_flop_count(shape, shape, shape)), shape, shape, flat[-1])
 
 
 def _backward_flops(grad_out: Any, grad_lse: Any, qkv: Any, *flat: Any, **_: Any) -> int:
     # As PyTorch counts its own: five products, although the split form does seven.
     shape = _heads_first(qkv)
-    return core._computed(int(sdpa_backward_flop_count(shape, shape, shape, shape)), shape, shape, flat[-1])
+    return core.computed_flops(
+        int(sdpa_backward_flop_count(shape, shape, shape, shape)), shape, shape, flat[-1]
+    )
 
 
 # In `flat` the tensors stand at 0 … 3 and, those of the mask, at 6 … 9.
@@ -145,7 +148,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     return grad_qkv, *parts.of_given(NormRope(*flat[:5]), of_weights), *[None] * (len(flat) - 2)
 
 
-_FLAT = f"Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, float scale, {core._MASK}"
+_FLAT = f"Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, float scale, {core.MASK}"
 
 _backward = Operator(
     "dtrain::qkv_attention_backward("
@@ -196,15 +199,15 @@ def qkv_attention(
     """
     how = NormRope(q_weight, k_weight, cos, sin, eps)
     parts.check(qkv, how)
-    cast = core._autocast(qkv)
+    cast = core.as_autocast(qkv)
     q, k, v = cast.permute(2, 0, 3, 1, 4).unbind(0)
-    if core.serving(backend, q, qkv.shape[1], mask is not None) != "triton":
+    if serving(backend, q, qkv.shape[1], mask is not None) != "triton":
         split = parts.qk_norm_rope(
             qkv, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin, eps=eps,
             backend="reference" if backend == "reference" else "auto",
         )  # fmt: skip
         return attention(*split, scale=scale, mask=mask, backend=backend).transpose(1, 2).flatten(2)
-    core._check(q, k, v, scale, mask)
+    core.check(q, k, v, scale, mask)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = _forward(cast, *how, scale, *core.flatten(mask))[0]
     return out.flatten(2)

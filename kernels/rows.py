@@ -54,8 +54,9 @@ def listed(ENTRIES, i, tokens, BLOCK: tl.constexpr, SUB: tl.constexpr):
     end = tokens
     if ENTRIES is not None:
         p_entry = ENTRIES + i // SUB * 2
-        start = tl.load(p_entry) + i % SUB * BLOCK
-        end = tl.load(p_entry) + tl.load(p_entry + 1)
+        start = tl.load(p_entry)
+        end = start + tl.load(p_entry + 1)
+        start += i % SUB * BLOCK
     return start, end
 
 

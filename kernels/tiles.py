@@ -69,32 +69,56 @@ Table = Mapping[str, Mapping[str, Mapping[str, Mapping[int, Tile]]]]
 # GPUs whose tensor cores run mma.sync. What fits the least shared memory among them serves all.
 _MMA_SYNC = ("sm_80", "sm_86", "sm_89", "sm_120")
 
-# The largest tiles without a spill store, by `dtrain.kernels.aot` with Triton 3.6 and 3.9; not timed.
+# The largest tiles without a spill store (elsewhere than on sm_90: few), by `dtrain.kernels.aot` with Triton
+# 3.6 and 3.9; not timed.
 TILES: Table = {
     "attention": {
         "forward": {
-            **{arch: {64: Tile(128, 32, 4, 3), 128: Tile(128, 64, 8, 3)} for arch in _MMA_SYNC},
+            **{
+                arch: {64: Tile(128, 32, 4, 3), 80: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 3)}
+                for arch in _MMA_SYNC
+            },
             "sm_90": {96: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2)},
             "sm_100": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3)},
             "gfx942": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
         },
         "backward_dkdv": {
-            **{arch: {96: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2)} for arch in _MMA_SYNC},
-            "sm_90": {128: Tile(64, 128, 8, 2)},
-            "sm_100": {96: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2)},
+            **{
+                arch: {
+                    96: Tile(32, 128, 8, 2, max_spills=2),
+                    120: Tile(64, 32, 8, 2, max_spills=1),
+                    128: Tile(64, 64, 8, 2),
+                }
+                for arch in _MMA_SYNC
+            },
+            "sm_90": {96: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 3)},
+            "sm_100": {96: Tile(64, 128, 8, 2, max_spills=1), 128: Tile(64, 64, 8, 2, max_spills=2)},
             "gfx942": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
         },
         "backward_dq": {
             **{arch: {128: Tile(128, 32, 8, 2)} for arch in _MMA_SYNC},
             "sm_90": {128: Tile(128, 64, 8, 3)},
-            "sm_100": {128: Tile(128, 64, 8, 3)},
+            "sm_100": {128: Tile(128, 64, 8, 3, max_spills=2)},
             "gfx942": {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2)},
         },
         "backward_fused": {
-            **{arch: {96: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2)} for arch in _MMA_SYNC},
-            "sm_90": {128: Tile(64, 128, 8, 2)},
+            **{
+                arch: {
+                    64: Tile(32, 128, 8, 2),
+                    80: Tile(32, 64, 8, 2),
+                    120: Tile(32, 32, 4, 2, max_spills=12),
+                    128: Tile(64, 64, 8, 2),
+                }
+                for arch in _MMA_SYNC
+            },
+            "sm_90": {
+                80: Tile(64, 128, 8, 2),
+                96: Tile(64, 64, 8, 2),
+                120: Tile(32, 128, 8, 2),
+                128: Tile(64, 64, 8, 2),
+            },
             "sm_100": {96: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2)},
-            "gfx942": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
+            "gfx942": {96: Tile(64, 64, 4, 1), 120: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2)},
         },
     },
 }

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from dtrain.kernels import attention as module
-from dtrain.kernels import attention_backward, attention_launch, reference, tiles
+from dtrain.kernels import attention_backward, attention_choice, attention_launch, reference, tiles
 from dtrain.kernels.attention import attention, merge
 from dtrain.kernels.block_mask import BlockMask, packed
 from dtrain.kernels.launch import arch_of
@@ -201,14 +201,14 @@ def test_auto_on_the_cpu_is_pytorchs() -> None:
 
 
 def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    module._chosen.cache_clear()
-    module._say.cache_clear()
+    attention_choice._chosen.cache_clear()
+    attention_choice._say.cache_clear()
     qkv = [x.cpu() for x in draw_qkv(5, 5, 40)]
-    with caplog.at_level(logging.INFO, logger=module.__name__):
+    with caplog.at_level(logging.INFO, logger=attention_choice.__name__):
         for return_lse in (False, False, True, True):
             attention(*qkv, return_lse=return_lse)
     assert [r.getMessage().split(": ")[1] for r in caplog.records] == [
-        "sdpa",
+        "sdpa (not on a GPU)",
         "reference (sdpa returns no log-sum-exp)",
     ]
     assert "head dim 40" in caplog.text
@@ -268,10 +268,10 @@ def test_kernels_refuse_what_they_cannot(head_dim: int, dtype: torch.dtype, mess
 
 def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_launch, "can_launch", lambda device: False)
-    module._chosen.cache_clear()
+    attention_choice._chosen.cache_clear()
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         triton(*draw_qkv(5, 5, 64))
-    module._chosen.cache_clear()
+    attention_choice._chosen.cache_clear()
 
 
 def test_merge_is_attention_to_both_halves() -> None:
