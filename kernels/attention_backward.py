@@ -294,4 +294,4 @@ def backward(
 
 def aot_cases() -> Iterator[AotCase]:
     """See `aot`."""
-    return attention_launch.aot_cases(PASSES)
+    return attention_launch.cases(PASSES)

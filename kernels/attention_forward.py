@@ -121,4 +121,4 @@ def forward(
 
 def aot_cases() -> Iterator[AotCase]:
     """See `aot`."""
-    return attention_launch.aot_cases(PASSES)
+    return attention_launch.cases(PASSES)

@@ -15,7 +15,7 @@ from dtrain.kernels.block_mask import BlockMask
 from dtrain.kernels.launch import SHARED_BYTES, AotCase, arch_of, can_launch, triton
 from dtrain.kernels.tiles import Tile, tiles
 
-__all__ = ["HEAD_DIMS", "SIZES", "Pass", "aot_cases", "empty_like", "empty_lse", "readable", "refusal"]
+__all__ = ["HEAD_DIMS", "SIZES", "Pass", "cases", "empty_like", "empty_lse", "readable", "refusal"]
 
 HEAD_DIMS = range(32, 129, 8)
 
@@ -138,7 +138,7 @@ class Pass:
         )
 
 
-def aot_cases(passes: Sequence[Pass]) -> Iterator[AotCase]:
+def cases(passes: Sequence[Pass]) -> Iterator[AotCase]:
     """Every kernel in bf16 on every architecture: dense and by lists, with and without a tail."""
     for arch in SHARED_BYTES:
         for one in passes:

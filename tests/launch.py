@@ -8,7 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_python(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: str | Path, check: bool = True, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Run `python *arguments` in a process of its own, from an uninstalled clone's point of view."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     done = subprocess.run(
@@ -17,7 +19,7 @@ def run_python(*arguments: str | Path, check: bool = True) -> subprocess.Complet
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout_s,
     )
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
