@@ -164,5 +164,6 @@ def test_every_kernel_passes(arch: str, compiler: Any) -> None:
     status, printed, measured = compiler("--arch", arch)
     assert status == 0, printed
     assert {m.arch for m in measured.values()} == {arch}
+    assert all(m.wide_loads for m in measured.values() if m.name.startswith("attention"))
     if arch == "sm_90":
         assert {m.spills for m in measured.values()} == {0}

@@ -11,7 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrain.attention_swap import swap_attention
+from dtrain.kernels.launch import can_launch
 from tests.dtrain import third_party as made
+
+pytestmark = pytest.mark.skipif(
+    not can_launch(torch.device("cpu")), reason="needs TRITON_INTERPRET=1 in the environment"
+)
 
 
 class Ops(TorchDispatchMode):
