@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from dtrain.activations.policy import ActivationConfig
-from dtrain.attention_swap import AttentionConfig
 from dtrain.checkpoint import CheckpointConfig
 from dtrain.ema import EMAConfig
 from dtrain.mesh import MeshConfig
@@ -32,6 +31,7 @@ from dtrain.recipe import Recipe
 from dtrain.schema import child, choices, hints, nearest, words
 from dtrain.shard import ShardConfig
 from dtrain.step import TrainConfig
+from dtrain.swap.attention import AttentionConfig
 from dtrain.tables import TableReader, did_you_mean
 from dtrain.toml import emit_table, emit_value, entries_of, parse_value
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dtrain.attention_swap import swap_attention
 from dtrain.blocks import find_blocks
 from dtrain.config import RunConfig, build_recipe, check_world
 from dtrain.flops import training_flops
 from dtrain.recipe import DataState, Recipe
+from dtrain.swap.attention import swap_attention
 
 _FP32_BYTES = 4
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtrain.activations.policy import ActivationConfig, apply_activation_policy
-from dtrain.attention_swap import AttentionConfig, swap_attention
 from dtrain.blocks import find_blocks
 from dtrain.shard import ShardConfig, shard
+from dtrain.swap.attention import AttentionConfig, swap_attention
 
 
 @dataclass(frozen=True)

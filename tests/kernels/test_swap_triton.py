@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtrain.attention_swap import swap_attention
 from dtrain.kernels.launch import can_launch
+from dtrain.swap.attention import swap_attention
 from tests.dtrain import third_party as made
 
 pytestmark = pytest.mark.skipif(

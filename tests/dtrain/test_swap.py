@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from dtrain import attention_calls, packed_attention
 from dtrain.activations.policy import ActivationConfig
-from dtrain.attention_swap import AttentionConfig, AttentionSwap, swap_attention
 from dtrain.config import ConfigError, from_table
 from dtrain.dryrun import dry_run
 from dtrain.kernels.attention import attention
 from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.parallelize import ParallelConfig, parallelize
+from dtrain.swap import calls as swap_calls
+from dtrain.swap import packed
+from dtrain.swap.attention import AttentionConfig, AttentionSwap, swap_attention
 from tests.dtrain import third_party as made
 from tests.dtrain.sharded_worker import tiny_dit
 from tests.dtrain.third_party import Fused, Packed, filled, loss
@@ -48,7 +49,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], ...]]:
         seen.append((tuple(q.shape), tuple(k.shape)))
         return attention(q, k, v, **options)
 
-    for module in (attention_calls, packed_attention):
+    for module in (swap_calls, packed):
         monkeypatch.setattr(module, "attention", spy)
     return seen
 
@@ -136,7 +137,7 @@ def test_queries_keys_and_values_are_views(monkeypatch: pytest.MonkeyPatch) -> N
         strides.update(x.stride()[1:] for x in (q, k, v))
         return attention(q, k, v, **options)
 
-    monkeypatch.setattr(attention_calls, "attention", spy)
+    monkeypatch.setattr(swap_calls, "attention", spy)
     model, inputs = filled(made.dit)
     swap_attention(model)
     loss(model, inputs)
@@ -164,22 +165,22 @@ def test_padding_at_the_end_is_served_by_fewer_keys(calls: list, lengths: tuple,
 
 def test_key_lengths() -> None:
     seen = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()[:, None, None]
-    assert attention_calls.key_lengths(seen, 3) == (2, 3)
+    assert swap_calls.key_lengths(seen, 3) == (2, 3)
     seen[0, ..., 1] = False  # the same tensor, changed
-    assert attention_calls.key_lengths(seen, 3) == (1, 3)
+    assert swap_calls.key_lengths(seen, 3) == (1, 3)
     seen[0, ..., 0] = False
-    assert attention_calls.key_lengths(seen, 3) is None  # nothing is seen
+    assert swap_calls.key_lengths(seen, 3) is None  # nothing is seen
     seen[0, ..., 2] = True
-    assert attention_calls.key_lengths(seen, 3) is None  # not the first keys
-    assert attention_calls.key_lengths(seen.float(), 3) is None
-    assert attention_calls.key_lengths(seen.expand(-1, 2, -1, -1), 3) is None
-    assert attention_calls.key_lengths(seen.to("meta"), 3) is None
+    assert swap_calls.key_lengths(seen, 3) is None  # not the first keys
+    assert swap_calls.key_lengths(seen.float(), 3) is None
+    assert swap_calls.key_lengths(seen.expand(-1, 2, -1, -1), 3) is None
+    assert swap_calls.key_lengths(seen.to("meta"), 3) is None
 
 
 def test_lengths_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read = attention_calls._read_lengths
-    monkeypatch.setattr(attention_calls, "_read_lengths", lambda mask: reads.append(1) or read(mask))
+    read = swap_calls._read_lengths
+    monkeypatch.setattr(swap_calls, "_read_lengths", lambda mask: reads.append(1) or read(mask))
     model, inputs = filled(made.hunyuan_video)
     swap_attention(model)
     loss(model, inputs)
@@ -222,7 +223,7 @@ def test_other_calls_stay_as_they_were(calls: list, why: str, options: dict) -> 
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     said: list[str] = []
     sdpa = nn.functional.scaled_dot_product_attention
-    found = attention_calls.stand_in("reference", said.append)(sdpa, 2)(q, k, v, scale=0.3, **options)
+    found = swap_calls.stand_in("reference", said.append)(sdpa, 2)(q, k, v, scale=0.3, **options)
     assert torch.equal(found, sdpa(q, k, v, scale=0.3, **options))
     assert (said, calls) == ([why], [])
 

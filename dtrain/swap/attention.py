@@ -5,7 +5,7 @@ ours, so outputs and gradients stay equal up to rounding. Found are, in this ord
 
 1. modules with an `attention_backend` attribute, made for this: it is set;
 2. diffusers' attention, by its `processor` (https://huggingface.co/docs/diffusers/api/attnprocessor);
-3. modules of timm's form that compute softmax by hand, see `packed_attention`;
+3. modules of timm's form that compute softmax by hand, see `packed`;
 4. any module whose `forward` calls PyTorch's `scaled_dot_product_attention`.
 
 What looks like attention and is none of these is left and listed. A call that ours cannot serve (a mask,
@@ -23,10 +23,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dtrain import packed_attention
-from dtrain.attention_calls import stand_in
 from dtrain.kernels.attention import Backend
-from dtrain.rebind import calls_attention, with_attention
+from dtrain.swap import packed
+from dtrain.swap.calls import stand_in
+from dtrain.swap.rebind import calls_attention, with_attention
 
 log = logging.getLogger(__name__)
 
@@ -126,11 +126,11 @@ class _Swapper:
             del module.forward
         if "forward" in vars(module):
             return "", "its forward was replaced before: swap the attention first"
-        if not (packed_attention.is_packed(module) and not _is_fused(module)):
+        if not (packed.is_packed(module) and not _is_fused(module)):
             return self._swap_forward(module)
-        reason = packed_attention.refusal(module)
+        reason = packed.refusal(module)
         if not reason:
-            _set_forward(module, self._once(cls, packed_attention.forward_of, cls))
+            _set_forward(module, self._once(cls, packed.forward_of, cls))
         return cls.__name__, reason
 
     def _swap_forward(self, module: nn.Module) -> tuple[str, str]:
@@ -200,7 +200,7 @@ def _has_processor(module: nn.Module) -> bool:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    known = _is_ours(module) or _has_processor(module) or packed_attention.is_packed(module)
+    known = _is_ours(module) or _has_processor(module) or packed.is_packed(module)
     return known or calls_attention(type(module).forward)
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dtrain.kernels.attention import Backend, attention
-from dtrain.rebind import Attend
+from dtrain.swap.rebind import Attend
 
 Note = Callable[[str], None]
 _Lengths = tuple[int, ...] | None
@@ -25,7 +25,7 @@ _lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def stand_in(backend: Backend, note: Note) -> Callable[[Attend, int], Attend]:
-    """A maker of stand-ins, as `dtrain.rebind.with_attention` takes it.
+    """A maker of stand-ins, as `dtrain.swap.rebind.with_attention` takes it.
 
     Args:
         backend: as `kernels.attention.attention` takes it.
