@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dtrain.kernels.launch import known_arch
 
@@ -75,10 +75,14 @@ TILES: Table = {
     "attention": {
         "forward": {
             **{
-                arch: {64: Tile(128, 32, 4, 3), 80: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 3)}
+                arch: {
+                    64: Tile(128, 32, 4, 3),
+                    80: Tile(128, 64, 8, 3),
+                    128: Tile(64, 64, 8, 3, max_spills=8),
+                }
                 for arch in _MMA_SYNC
             },
-            "sm_90": {96: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2)},
+            "sm_90": {80: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2)},
             "sm_100": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3)},
             "gfx942": {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2)},
         },
@@ -93,7 +97,7 @@ TILES: Table = {
             },
             "sm_90": {96: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 3)},
             "sm_100": {96: Tile(64, 128, 8, 2, max_spills=1), 128: Tile(64, 64, 8, 2, max_spills=2)},
-            "gfx942": {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2)},
+            "gfx942": {64: Tile(64, 64, 4, 2, max_spills=2), 128: Tile(32, 64, 4, 2)},
         },
         "backward_dq": {
             **{arch: {128: Tile(128, 32, 8, 2)} for arch in _MMA_SYNC},
@@ -117,8 +121,12 @@ TILES: Table = {
                 120: Tile(32, 128, 8, 2),
                 128: Tile(64, 64, 8, 2),
             },
-            "sm_100": {96: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2)},
-            "gfx942": {96: Tile(64, 64, 4, 1), 120: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2)},
+            "sm_100": {64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2)},
+            "gfx942": {
+                96: Tile(64, 64, 4, 1),
+                120: Tile(32, 64, 4, 2, max_spills=7),
+                128: Tile(32, 32, 4, 2),
+            },
         },
     },
 }
@@ -153,12 +161,11 @@ class Choice:
 CHOICES: Mapping[str, tuple[Choice, ...]] = {}
 
 
-class _Tables:
+class _Tables(NamedTuple):
     """The tables of one DTRAIN_TILES file."""
 
-    def __init__(self, table: Table, choices: Mapping[str, tuple[Choice, ...]]) -> None:
-        self.tiles = table
-        self.choices = choices
+    tiles: Table
+    choices: Mapping[str, tuple[Choice, ...]]
 
 
 def tiles(op: str, pass_name: str, arch: str, head_dim: int) -> Tile:
