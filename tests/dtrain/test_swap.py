@@ -190,8 +190,8 @@ def test_lengths_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -
 def test_what_ours_cannot_serve_is_said_once(calls: list, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(Fused(24, 2, attn_drop=0.5) for _ in range(2))).train()
-    done = swap_attention(model)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="dtrain.swap.attention"):
+        done = swap_attention(model)
         for _ in range(2):
             model(torch.randn(2, 9, 24))
     assert not calls
@@ -278,7 +278,7 @@ class SlotAttention(nn.Linear):
 def test_what_is_not_recognised_is_left_and_listed(make: Callable, why: str, caplog: Any) -> None:
     model = nn.Sequential(Packed(24, 2), make())
     forward = model[1].forward
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="dtrain.swap.attention"):
         done = swap_attention(model)
     assert (done.swapped, done.left) == ({"0": "Packed"}, {"1": why})
     assert model[1].forward == forward
