@@ -145,8 +145,8 @@ def _amd_code(asm: Any) -> _Code:
     return _Code(text, *(_number(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")))
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def _output(*command: str, cwd: Path | None = None) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=cwd).stdout
 
 
 def _count(pattern: str, text: str) -> int:
@@ -188,6 +188,15 @@ def _measure_all(chosen: Iterable[AotCase]) -> Iterator[Measurement]:
         yield measured
 
 
+def _commit() -> str:
+    """Of the checkout that this file is in, "-dirty" where it differs; empty where there is none."""
+    describe = ("git", "describe", "--always", "--abbrev=40", "--dirty")
+    try:
+        return _output(*describe, cwd=Path(__file__).resolve().parent).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dtrain.kernels.aot",
@@ -208,8 +217,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not measured:
         sys.exit(f"no module offers a kernel for {', '.join(arguments.arch)}")
     if arguments.json:
-        rows = [dataclasses.asdict(m) for m in measured]
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "cases": rows}, indent=1) + "\n")
+        document = {
+            "triton": triton.__version__,
+            "commit": _commit(),
+            "cases": [dataclasses.asdict(m) for m in measured],
+        }
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     failing = sum(bool(m.problems) for m in measured)
     print(f"{len(measured)} cases, triton {triton.__version__}: {failing} failing")
     return int(failing > 0)

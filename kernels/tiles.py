@@ -100,7 +100,7 @@ TILES: Table = {
             "gfx942": {64: Tile(64, 64, 4, 2, max_spills=2), 128: Tile(32, 64, 4, 2)},
         },
         "backward_dq": {
-            **{arch: {128: Tile(128, 32, 8, 2)} for arch in _MMA_SYNC},
+            **{arch: {128: Tile(128, 32, 8, 2, max_spills=1)} for arch in _MMA_SYNC},
             "sm_90": {128: Tile(128, 64, 8, 3)},
             "sm_100": {128: Tile(128, 64, 8, 3, max_spills=2)},
             "gfx942": {64: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2)},

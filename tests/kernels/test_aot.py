@@ -6,6 +6,7 @@ Triton's interpreter, in which nothing is compiled.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         assert report.exists(), done.stderr
         document = json.loads(report.read_text())
         assert document["triton"] == triton.__version__
+        assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", document["commit"])
         measured = [aot.Measurement(**m | {"problems": tuple(m["problems"])}) for m in document["cases"]]
         return done.returncode, done.stdout, {(m.arch, m.name): m for m in measured}
 
