@@ -41,12 +41,10 @@ def _step(
     s = dot_rows(q, q_tail, k, k_tail, TAIL, PRECISION)
     if MASKED:
         s = tl.where((start + tl.arange(0, BLOCK_N) < n_end)[None, :], s, float("-inf"))
+    # Finite: every walk begins with a key, although a later tile of a partial block may hold none.
     new = tl.maximum(top, tl.max(s, 1) * scale)
-    shift = new
-    if MASKED:  # no key so far: weights exp(-∞), not exp(-∞ + ∞)
-        shift = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(s * scale - shift[:, None])
-    decay = tl.exp2(top - shift)
+    p = tl.exp2(s * scale - new[:, None])
+    decay = tl.exp2(top - new)
     acc *= decay[:, None]
     if TAIL > 0:
         acc_tail *= decay[:, None]
