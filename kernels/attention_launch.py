@@ -92,8 +92,7 @@ class Pass:
         keys = k.shape[2]
         tile = tile or self.tile(arch_of(q.device), head_dim, q.dtype)
         unit, strides = _strides([x for name in self.strided if (x := tensors[name]) is not None])
-        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors.values())
-        tma = tile.tma and unit == 8 and aligned
+        tma = tile.tma and unit == 8 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors.values())
         constants = _constants(tile, head_dim, q.dtype, unit, tma, mask.block if mask else None)
         lists: Any = getattr(mask, self.owner) if mask else (None, None)
         own, sub = ("M", "SUB_M") if self.owner == "queries" else ("N", "SUB_N")
