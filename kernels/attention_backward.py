@@ -98,7 +98,7 @@ def _dq_kernel(
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB_M: tl.constexpr, SUB_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """dq, and δ for `_dkdv_kernel`."""
+    """dq, and δ for `_key_kernel`."""
     i_b, i_h, first, m_end, lo, mid, hi = owned(BLOCKS, n_blocks, H, M, N, BLOCK_M, SUB_M, BLOCK_N, SUB_N)
     i_bh = i_b * H + i_h
     p_k = K + (i_b * stride_kb + i_h * stride_kh) * UNIT
@@ -142,7 +142,7 @@ def _delta_kernel(
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUB_M: tl.constexpr, SUB_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """δ for `_fused_kernel`, and a zero for each of its sums."""
+    """δ for the fused `_key_kernel`, and a zero for each of its sums."""
     i_b, i_h, first, m_end, _, _, _ = owned(BLOCKS, n_blocks, H, M, N, BLOCK_M, SUB_M, BLOCK_N, SUB_N)
     i_bh = i_b * H + i_h
     delta, _, _ = _delta(

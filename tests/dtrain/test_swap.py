@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from dtrain.activations.policy import ActivationConfig
-from dtrain.config import ConfigError, from_table
-from dtrain.dryrun import dry_run
 from dtrain.kernels.attention import attention
 from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.parallelize import ParallelConfig, parallelize
@@ -364,32 +362,6 @@ def test_a_mask_under_compile_is_said(fresh_compiler: None) -> None:
         block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
     assert_same(model, swapped, inputs)
     assert done.kept["HunyuanVideoAttnProcessor2_0"] == {NO_PADDING}
-
-
-@pytest.mark.parametrize(
-    ("table", "said"),
-    [
-        ({}, "swapped 3 x Block (backend auto)"),
-        ({"backend": "reference"}, "swapped 3 x Block (backend reference)"),
-        ({"swap": False}, "the model's own"),
-    ],
-)
-def test_the_table_of_a_run(table: dict, said: str) -> None:
-    config = from_table({"recipe": "tests.dtrain.tiny_dit:recipe", "name": "run", "attention": table})
-    assert config.attention == AttentionConfig(**table)
-    assert dict(dry_run(config, 1))["attention"] == said
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ({"backend": "tritn"}, 'attention.backend = "tritn": must be .* did you mean triton'),
-        ({"swap": False, "backend": "triton"}, "backend = triton: without effect while swap = false"),
-    ],
-)
-def test_mistakes_in_the_table(table: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        from_table({"recipe": "tests.dtrain.tiny_dit:recipe", "name": "run", "attention": table})
 
 
 @pytest.mark.parametrize(("swap", "count"), [(True, 3), (False, 0)])

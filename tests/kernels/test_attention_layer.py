@@ -14,23 +14,15 @@ from dtrain.kernels.attention import flatten
 from dtrain.kernels.attention_layer import qkv_attention
 from dtrain.kernels.block_mask import BlockMask, packed
 from dtrain.kernels.launch import can_launch
+from tests.kernels.attention_checks import DEVICE, draw, needs_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = torch.ops.dtrain
 BOUND = {torch.float16: 1e-3, torch.float32: 3e-6}
 NAMES = ("q_weight", "k_weight", "cos", "sin")
 PARTS = [("q_weight", "k_weight", "cos", "sin"), ("q_weight", "k_weight"), ("cos", "sin"), ("k_weight",), ()]
 
-needs_triton = pytest.mark.skipif(
-    not can_launch(DEVICE), reason="the kernels need a GPU, or TRITON_INTERPRET=1 in the environment"
-)
 triton = functools.partial(qkv_attention, backend="triton")
 plain = functools.partial(qkv_attention, backend="reference")
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
 def draw_how(

@@ -17,26 +17,18 @@ from torch import Tensor
 
 from dtrain.kernels import qk_norm_rope as module
 from dtrain.kernels import qk_norm_rope_kernels, reference
-from dtrain.kernels.launch import HAS_TRITON, can_launch
+from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.qk_norm_rope import qk_norm_rope
+from tests.kernels.attention_checks import DEVICE, draw, needs_triton
 from tests.launch import run_python
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPS = torch.ops.dtrain
 # Error over norm: one rounding.
 BOUND = {torch.float16: 4e-4, torch.float32: 1e-6}
 PARTS = list(itertools.product([True, False], repeat=3))  # norm of q, norm of k, rotation
 
-needs_triton = pytest.mark.skipif(
-    not can_launch(DEVICE), reason="the kernels need a GPU, or TRITON_INTERPRET=1 in the environment"
-)
 triton = functools.partial(qk_norm_rope, backend="triton")
 plain = functools.partial(qk_norm_rope, backend="reference")
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
 def draw_how(

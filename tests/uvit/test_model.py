@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import uvit
+from tests.uvit.inputs import draw_inputs
 from uvit.config import Grid
 from uvit.embed import Layout, PatchEmbed, fit_positions, patchify, rope_table, timestep_embedding, unpatchify
 from uvit.layers import Attention, Block
@@ -40,25 +41,11 @@ def _model(**overrides: Any) -> uvit.UViT:
     return model
 
 
-def _inputs(config: uvit.UViTConfig, size: Grid = (4, 8, 8), batch: int = 2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    inputs = {"x": draw(batch, config.in_channels, *size), "timesteps": torch.linspace(3.0, 900.0, batch)}
-    if config.condition == "class":
-        inputs["y"] = torch.arange(batch) % config.num_classes
-    if config.condition == "text":
-        inputs["context"] = draw(batch, config.text_tokens, config.text_dim)
-    return inputs
-
-
 @pytest.mark.parametrize("options", _OPTIONS.values(), ids=_OPTIONS)
 @pytest.mark.parametrize("size", [(4, 8, 8), (2, 12, 4), (6, 4, 16)])
 def test_any_size_that_the_patch_divides_runs(options: dict[str, Any], size: Grid) -> None:
     model = _model(**options)
-    inputs = _inputs(model.config, size)
+    inputs = draw_inputs(model.config, size)
     out = model(**inputs)
     assert out.shape == inputs["x"].shape
     out.square().mean().backward()
@@ -69,7 +56,7 @@ def test_any_size_that_the_patch_divides_runs(options: dict[str, Any], size: Gri
 @pytest.mark.parametrize("name", ["plain", "class", "text"])
 def test_an_image_is_a_one_frame_video(name: str) -> None:
     model = _model(**_OPTIONS[name])
-    inputs = _inputs(model.config, (1, 8, 8))
+    inputs = draw_inputs(model.config, (1, 8, 8))
     video = model(**inputs)
     image = model(**inputs | {"x": inputs["x"].squeeze(2)})
     assert image.unsqueeze(2).equal(video)
@@ -139,7 +126,7 @@ def test_flops_are_those_that_pytorch_counts(options: dict[str, Any], size: Grid
     model = _model(**options)
     # The mathematical backend: PyTorch's counter does not know the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(**_inputs(model.config, size, batch=3))
+        model(**draw_inputs(model.config, size, batch=3))
     assert uvit.forward_flops(model.config, 3, *size) == counter.get_total_flops()
     patch = model.config.patch_size
     patches = size[0] // patch[0] * (size[1] // patch[1]) * (size[2] // patch[2])
@@ -167,7 +154,7 @@ def _wide_shapes(model: nn.Module, inputs: dict[str, Tensor]) -> set[tuple[int, 
 
 def test_a_long_skip_never_makes_a_tensor_twice_as_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     size = (2, 6, 6)  # 18 patches: nothing else measures 2D = 64
-    inputs = _inputs(_CONFIG, size)
+    inputs = draw_inputs(_CONFIG, size)
     assert _wide_shapes(_model(input_size=size), inputs) == set()
 
     def concatenated(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -182,7 +169,7 @@ def test_skips_are_last_in_first_out() -> None:
     seen: list[Tensor] = []
     for block in [*model.in_blocks, *model.out_blocks]:
         block.register_forward_hook(lambda _, args, out: seen.append(args[1] if args[1] is not None else out))
-    model(**_inputs(_CONFIG))
+    model(**draw_inputs(_CONFIG))
     assert [a is b for a, b in zip(seen[:2], reversed(seen[2:]), strict=True)] == [True, True]
 
 
@@ -222,7 +209,7 @@ def test_a_block_compiles_as_one_graph() -> None:
 @pytest.mark.parametrize("options", _OPTIONS.values(), ids=_OPTIONS)
 def test_bf16_by_autocast_and_by_parameters(options: dict[str, Any]) -> None:
     model = _model(**options)
-    inputs = _inputs(model.config)
+    inputs = draw_inputs(model.config)
     exact = model(**inputs)
     with torch.autocast("cpu", torch.bfloat16):
         autocast = model(**inputs)
@@ -244,7 +231,7 @@ def test_fsdp_casts_the_parameters_but_not_the_rotations() -> None:
         model.mid_block.attn.register_forward_hook(
             lambda _, args, __: seen.append((args[0].dtype, args[1].cos.dtype))
         )
-        out = model(**_inputs(model.config))
+        out = model(**draw_inputs(model.config))
         assert not out._is_view()
         out.square().mean().backward()
         assert seen == [(torch.bfloat16, torch.float32)]
@@ -354,7 +341,7 @@ def test_a_mistyped_preset_is_named() -> None:
 def test_wrong_inputs_are_named(change: dict[str, Any], message: str) -> None:
     model = _model(condition="class", num_classes=5)
     with pytest.raises(ValueError, match=message):
-        model(**_inputs(model.config) | change)
+        model(**draw_inputs(model.config) | change)
 
 
 @pytest.mark.parametrize(

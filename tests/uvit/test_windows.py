@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import uvit
 from dtrain.kernels.attention import attention
 from dtrain.kernels.block_mask import BlockMask
+from tests.uvit.inputs import draw_inputs
 from uvit.config import Grid
 from uvit.embed import Layout, rope_table
 from uvit.layers import Attention, Block
@@ -40,20 +41,6 @@ def _model(**overrides: Any) -> uvit.UViT:
     for parameter in model.parameters():  # small weights would leave attention even and its mask unseen
         nn.init.normal_(parameter, std=0.2)
     return model
-
-
-def _inputs(config: uvit.UViTConfig, size: Grid = (4, 8, 12), batch: int = 2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    inputs = {"x": draw(batch, config.in_channels, *size), "timesteps": torch.linspace(3.0, 900.0, batch)}
-    if config.condition == "class":
-        inputs["y"] = torch.arange(batch) % config.num_classes
-    if config.condition == "text":
-        inputs["context"] = draw(batch, config.text_tokens, config.text_dim)
-    return inputs
 
 
 def _sees(a: int, b: int, side: int, tile: int, window: int) -> bool:
@@ -92,7 +79,7 @@ def test_it_is_the_plain_model_under_the_mask(
     options: dict[str, Any], size: Grid, tile: Grid, window: Grid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windowed = _model(**options, window_tile=tile, window=window)
-    inputs = _inputs(windowed.config, size)
+    inputs = draw_inputs(windowed.config, size)
     found = _evaluate(windowed, inputs)
 
     plain = _model(**options, window=(0, 0, 0))
@@ -108,7 +95,7 @@ def test_it_is_the_plain_model_under_the_mask(
 
 @pytest.mark.parametrize("window", [(4, 4, 6), (0, 4, 0), (8, 40, 6)])
 def test_a_window_as_large_as_the_grid_is_none(window: Grid) -> None:
-    inputs = _inputs(_CONFIG)
+    inputs = draw_inputs(_CONFIG, size=(4, 8, 12))
     model, plain = _model(window=window, window_tile=(2, 4, 2)), _model(window=(0, 0, 0))
     assert model(**inputs).equal(plain(**inputs))
     assert windows_of((4, 4, 6), (2, 4, 2), window, 1) is None
@@ -172,7 +159,7 @@ def test_a_block_in_windows_compiles_as_one_graph() -> None:
 
 
 def test_a_whole_model_compiles_with_its_windows_made_outside() -> None:
-    model, inputs = _model(depth=2), _inputs(_CONFIG)
+    model, inputs = _model(depth=2), draw_inputs(_CONFIG, size=(4, 8, 12))
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(**inputs), model(**inputs))
 
 
@@ -185,7 +172,7 @@ def test_fsdp_passes_the_mask_and_the_rotations_on() -> None:
             block.attn.register_forward_hook(lambda _, args, __: seen.append((args[1].cos.dtype, args[2])))
             fully_shard(block, mp_policy=MixedPrecisionPolicy(torch.bfloat16, cast_forward_inputs=True))
         fully_shard(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, cast_forward_inputs=False))
-        model(**_inputs(_CONFIG)).float().square().mean().backward()
+        model(**draw_inputs(_CONFIG, size=(4, 8, 12))).float().square().mean().backward()
         assert (
             seen == [(torch.float32, _made().mask)] * 5
         )  # the very object: masks are equal to themselves only
@@ -199,7 +186,7 @@ def test_windows_of_a_size_are_made_once() -> None:
 
 
 def test_windows_first_made_in_inference_mode_can_be_trained_with() -> None:
-    model, inputs = _model(), _inputs(_CONFIG, (7, 8, 12))
+    model, inputs = _model(), draw_inputs(_CONFIG, (7, 8, 12))
     with torch.inference_mode():
         sampled = model(**inputs)
     out = model(**inputs)
@@ -209,7 +196,7 @@ def test_windows_first_made_in_inference_mode_can_be_trained_with() -> None:
 
 def test_fake_and_meta_networks_leave_real_windows_alone() -> None:
     size = (9, 8, 12)
-    inputs, model = _inputs(_CONFIG, size), _model()
+    inputs, model = draw_inputs(_CONFIG, size), _model()
     with FakeTensorMode() as mode:
         fake_model = uvit.UViT(_CONFIG)
         fakes = {name: mode.from_tensor(value) for name, value in inputs.items()}
