@@ -3,6 +3,8 @@
 Shapes: B batch, H heads, M queries, N keys, D width of a head.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from dtrain.kernels.launch import SHARED_BYTES, AotCase, arch_of, can_launch, tr
 from dtrain.kernels.tiles import Tile, tiles
 
 __all__ = ["HEAD_DIMS", "SIZES", "Pass", "cases", "empty_like", "empty_lse", "readable", "refusal"]
+
+_log = logging.getLogger(__name__)
 
 HEAD_DIMS = range(32, 129, 8)
 
@@ -93,6 +97,8 @@ class Pass:
         tile = tile or self.tile(arch_of(q.device), head_dim, q.dtype)
         unit, strides = _strides([x for name in self.strided if (x := tensors[name]) is not None])
         tma = tile.tma and unit == 8 and all(t is None or t.data_ptr() % 16 == 0 for t in tensors.values())
+        if tile.tma and not tma:
+            _say_pointers(self.name)
         constants = _constants(tile, head_dim, q.dtype, unit, tma, mask.block if mask else None)
         lists: Any = getattr(mask, self.owner) if mask else (None, None)
         own, sub = ("M", "SUB_M") if self.owner == "queries" else ("N", "SUB_N")
@@ -146,6 +152,11 @@ def cases(passes: Sequence[Pass]) -> Iterator[AotCase]:
                     yield one.case(arch, head_dim, block)
             for head_dim in (64, 128):
                 yield one.case(arch, head_dim, (64, 64))
+
+
+@functools.cache
+def _say_pointers(name: str) -> None:
+    _log.info("attention %s: rows do not start at 16 bytes, so pointers read them, not descriptors", name)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:

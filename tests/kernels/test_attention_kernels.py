@@ -3,6 +3,8 @@
 bf16 is left out: the interpreter multiplies its bit patterns.
 """
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
@@ -224,3 +226,19 @@ def test_extreme_scores(sign: int, kernels: Kernels) -> None:
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=0)
     assert (out.double() - exact_out).norm() / exact_out.norm() < 0.05
     assert all(g.isfinite().all() for g in grads)
+
+
+def test_rows_that_descriptors_cannot_read_are_read_by_pointers_and_it_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    attention_launch._say_pointers.cache_clear()
+    qkv = draw_qkv(35, 35, 72, torch.float16)
+    odd = [torch.cat([x, x[..., :1]], dim=-1)[..., :72] for x in qkv]  # rows of 73
+    grads = draw_grads(qkv[0])
+    with caplog.at_level(logging.INFO, logger=attention_launch.__name__):
+        ours, _again = DESCRIPTORS(odd, grads), DESCRIPTORS(odd, grads)
+    assert_exact(ours, qkv, grads)
+    names = [f"attention {name}:" for name in ("forward", "backward_dq", "backward_dkdv")]
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 3
+    assert all(text.startswith(name) for text, name in zip(said, names, strict=True))
