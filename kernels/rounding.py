@@ -93,7 +93,7 @@ def round_bf16(x, noise):
 def to_minifloat(x, noise, FACTOR: tl.constexpr, MANTISSA: tl.constexpr, LARGEST: tl.constexpr):
     """Code of |x|, int32 in 0 … LARGEST: rounded by chance, or to nearest even without noise; x is finite.
 
-    FACTOR takes x to the fp32 number with the code's exponent field: 2^(b - 127) where 2^k has the field k + b.
+    FACTOR is 2^(b - 127) where 2^k has the exponent field k + b: it takes x to the fp32 number of that field.
     What lies beyond LARGEST becomes it.
     """
     bits = (tl.abs(x) * FACTOR).to(tl.int32, bitcast=True)
