@@ -3,20 +3,23 @@
 What cannot serve a size says so by name: `refusal` calls it once, both ways, and returns its reason.
 """
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from benchmarks.attention.problem import Attend, Problem
+from benchmarks.attention.problem import Attend, Problem, Shape
+from benchmarks.environment import seconds
+from benchmarks.sweep import plan
+from benchmarks.sweep.compiled import compiled
 from dtrain.kernels import attention_backward, attention_forward
 from dtrain.kernels.attention import attention
 from dtrain.kernels.block_mask import BlockMask
 
-__all__ = ["SDPA", "flex", "flex_mask", "ours", "our_backward", "refusal", "sdpa"]
+__all__ = ["SDPA", "flex", "flex_mask", "ours", "fastest_sdpa", "our_backward", "refusal", "sdpa"]
 
 SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -50,12 +53,32 @@ def sdpa(backend: SDPBackend) -> Attend:
     return attend
 
 
+def fastest_sdpa(settings: plan.Settings, shape: Shape) -> tuple[str, Mapping[str, str]]:
+    """The fastest of SDPA's kernels both ways, and why others do not serve."""
+    problem = Problem(shape, settings.device, settings.dtype)
+    times: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for label, kernel in SDPA.items():
+        attend = sdpa(kernel)
+        if reason := refusal(attend, problem):
+            reasons[label] = reason
+            continue
+        call = partial(_both_ways, problem, attend)
+        times[label] = min(seconds(call, settings.kind, cold=True) for _ in range(3))
+    if not times:
+        raise ValueError(f"shape = {shape}: none of SDPA's kernels serves it: {reasons}")
+    return min(times, key=lambda label: times[label]), reasons
+
+
+def _both_ways(problem: Problem, attend: Attend) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(attend(*problem.qkv), problem.qkv, problem.grad)
+
+
 def flex(device: str, block_mask: flex_attention.BlockMask | None = None) -> Attend:
     """FlexAttention: compiled for the very shapes on a GPU, eager on the CPU."""
     function: Callable[..., Tensor] = flex_attention.flex_attention
     if device == "cuda":
-        torch._dynamo.config.recompile_limit = 128  # past it, a compiled function is silently eager
-        function = torch.compile(function, dynamic=False)
+        function = compiled(function)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Its backward is called many times on one graph, which buffers given away would not survive.
@@ -94,17 +117,10 @@ def flex_mask(mask: BlockMask, device: str) -> flex_attention.BlockMask:
 
 def refusal(attend: Attend, problem: Problem, backward: bool = True) -> str:
     """Why it cannot serve the problem; empty where it can, forwards and, if asked, backwards."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            out = attend(*problem.qkv)
-            if backward:
-                torch.autograd.grad(out, problem.qkv, problem.grad)
-            if problem.device == "cuda":
-                torch.cuda.synchronize()
-        except Exception as error:  # a backend raises what it likes, and none may end the others' run
-            reasons = [str(error), *(str(w.message) for w in said)]
-            return f"{type(error).__name__}: " + "; ".join(
-                r.strip().splitlines()[0] for r in reasons if r.strip()
-            )
-    return ""
+
+    def call() -> None:
+        out = attend(*problem.qkv)
+        if backward:
+            torch.autograd.grad(out, problem.qkv, problem.grad)
+
+    return plan.refusal(call, problem.device)

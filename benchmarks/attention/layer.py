@@ -6,7 +6,7 @@ For T tokens of width W in all, and b bytes of a (T, W):
     FLOPs = 3 · 8·T·W² + 7/2 · 4·N·T·W     bytes = 4·b and 3 times the weights: read twice, gradients written
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property, partial
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from benchmarks.attention import contestants
 from benchmarks.attention.exact import exact_attention
-from benchmarks.attention.plan import LeftOut, Plan, Settings, Triple
-from benchmarks.attention.problem import Attend, Problem, Shape, relative_error
+from benchmarks.attention.problem import Attend, Problem, Shape
+from benchmarks.attention.settings import Settings, Triple
 from benchmarks.baselines.plain_attention import PlainAttention
-from benchmarks.case import Case, Cost, Counted, Gate, Setup, Timed
-from benchmarks.environment import seconds
-from benchmarks.memory import peak_bytes
+from benchmarks.case import Case, Cost, Counted, Setup, Timed
+from benchmarks.sweep.compiled import compiled_module
+from benchmarks.sweep.errors import TWICE_THE_BASELINE
+from benchmarks.sweep.module import ModuleStep, peak
+from benchmarks.sweep.plan import COMPILE, NOT_REHEARSED, OURS, LeftOut, Plan
 from dtrain.kernels.reference import rope_angles
 from uvit.embed import Rope
 from uvit.layers import Attention
@@ -68,31 +70,14 @@ class Layer:
     @cached_property
     def exact(self) -> dict[str, Tensor]:
         """Output and gradients in fp64, of the weights and inputs as they are rounded."""
-        return LayerStep(self, self.plain(exact_attention).double(), torch.float64).results()
+        return self.step(self.plain(exact_attention).double(), torch.float64).results()
 
-
-class LayerStep:
-    """One pass both ways; all gradients are made, none is added up."""
-
-    def __init__(self, layer: Layer, module: nn.Module, dtype: torch.dtype) -> None:
-        self.layer, self.module = layer, module
-        self.x, self.grad = layer.x.to(dtype).requires_grad_(), layer.grad.to(dtype)
-        self.wanted = {"input": self.x, **dict(module.named_parameters())}
-
-    def __call__(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self._forward(), list(self.wanted.values()), self.grad)
-
-    def results(self) -> dict[str, Tensor]:
-        return {"out": self._forward().detach(), **dict(zip(self.wanted, self(), strict=True))}
-
-    def error(self) -> float:
-        """The worst of output and gradients relative to fp64; NaN where one of them is."""
-        exact, got = self.layer.exact, self.results()
-        return float(torch.tensor([relative_error(got[name], exact[name]) for name in exact]).max())
-
-    def _forward(self) -> Tensor:
-        out: Tensor = self.module(self.x, self.layer.cos, self.layer.sin)
-        return out
+    def step(self, module: nn.Module, dtype: torch.dtype | None = None) -> ModuleStep:
+        """One pass of `module` both ways, in the settings' dtype unless told."""
+        angles = self.cos, self.sin
+        return ModuleStep(
+            module, {"input": self.x}, self.grad, angles, dtype or self.dtype, lambda: self.exact
+        )
 
 
 def layer_plans(settings: Settings) -> Iterator[Plan]:
@@ -107,52 +92,22 @@ def layer_plans(settings: Settings) -> Iterator[Plan]:
 
 def _make(name: str, settings: Settings, shape: Shape, grid: Triple) -> tuple[Case, list[LeftOut]]:
     layer = Layer(settings, shape, grid)
-    best, reasons = _best_sdpa(settings, shape)
+    best, reasons = contestants.fastest_sdpa(settings, shape)
     attend = contestants.sdpa(contestants.SDPA[best])
-    setups: dict[str, Setup] = {"eager, best SDPA": lambda: _step(layer, layer.plain(attend))}
+    setups: dict[str, Setup] = {"eager, best SDPA": lambda: layer.step(layer.plain(attend))}
     refused = contestants.refusal(contestants.ours(), Problem(shape, settings.device, settings.dtype))
     if refused:
-        reasons = {**reasons, "dtrain": refused}
+        reasons = {**reasons, OURS: refused}
     else:
-        setups["dtrain"] = lambda: _step(layer, layer.ours())
+        setups[OURS] = lambda: layer.step(layer.ours())
     if settings.kind == "cuda":
-        setups["torch.compile, best SDPA"] = lambda: _step(layer, _compiled(layer.plain(attend)))
+        setups[f"{COMPILE}, best SDPA"] = lambda: layer.step(compiled_module(layer.plain(attend)))
         if not refused:
-            setups["dtrain, torch.compile"] = lambda: _step(layer, _compiled(layer.ours()))
+            setups[f"{OURS}, {COMPILE}"] = lambda: layer.step(compiled_module(layer.ours()))
     else:
-        reasons = {**reasons, "torch.compile": "not rehearsed on the CPU"}
+        reasons = {**reasons, COMPILE: NOT_REHEARSED}
     case = _case(name, settings, shape, best, setups)
     return case, [LeftOut(name, label, reason) for label, reason in reasons.items()]
-
-
-def _compiled(module: nn.Module) -> nn.Module:
-    module.compile(dynamic=False)
-    return module
-
-
-def _step(layer: Layer, module: nn.Module) -> LayerStep:
-    return LayerStep(layer, module, layer.dtype)
-
-
-def _best_sdpa(settings: Settings, shape: Shape) -> tuple[str, Mapping[str, str]]:
-    """The fastest of SDPA's kernels both ways, and why others do not serve."""
-    problem = Problem(shape, settings.device, settings.dtype)
-    times: dict[str, float] = {}
-    reasons: dict[str, str] = {}
-    for label, kernel in contestants.SDPA.items():
-        attend = contestants.sdpa(kernel)
-        if reason := contestants.refusal(attend, problem):
-            reasons[label] = reason
-            continue
-        call = partial(_both_ways, problem, attend)
-        times[label] = min(seconds(call, settings.kind, cold=True) for _ in range(3))
-    if not times:
-        raise ValueError(f"shape = {shape}: none of SDPA's kernels serves it: {reasons}")
-    return min(times, key=lambda label: times[label]), reasons
-
-
-def _both_ways(problem: Problem, attend: Attend) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(attend(*problem.qkv), problem.qkv, problem.grad)
 
 
 def _cost(settings: Settings, shape: Shape) -> Cost:
@@ -161,11 +116,7 @@ def _cost(settings: Settings, shape: Shape) -> Cost:
     size = settings.dtype.itemsize
     moved = 4 * tokens * width * size + 3 * 4 * width**2 * size
     reason = "4 products and attention, 3 and 7/2 forwards; input, output, their gradients, weights"
-    return Cost(flops, moved, reason, str(settings.dtype).removeprefix("torch."))
-
-
-def _peak(step: LayerStep) -> float:
-    return peak_bytes(step, step.layer.device)
+    return Cost(flops, moved, reason, settings.dtype_name)
 
 
 def _case(name: str, settings: Settings, shape: Shape, best: str, setups: dict[str, Setup]) -> Case:
@@ -175,8 +126,8 @@ def _case(name: str, settings: Settings, shape: Shape, best: str, setups: dict[s
         f"{shape.head_dim}, best SDPA: {best}",
         baseline="eager, best SDPA",
         contestants=setups,
-        gates=(Gate("error over the baseline's", 2.0, lambda work, base: work.error() / base.error()),),
-        metrics=(Timed("call_ms"), Counted("peak_bytes", "bytes", _peak)),
+        gates=(TWICE_THE_BASELINE,),
+        metrics=(Timed("call_ms"), Counted("peak_bytes", "bytes", peak)),
         cost=_cost(settings, shape),
         device=settings.kind,
         rounds=settings.rounds,

@@ -10,22 +10,22 @@ Both forms of our backward are contestants. The baseline is the first of SDPA's 
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks.attention import contestants
-from benchmarks.attention.plan import LeftOut, Plan, Settings
-from benchmarks.attention.problem import Attend, Backward, Forward, Problem, Shape, error_ratio
-from benchmarks.case import Case, Cost, Gate, Setup, Timed
+from benchmarks.attention.problem import Attend, Backward, Forward, Problem, Shape
+from benchmarks.attention.settings import Settings
+from benchmarks.case import Case, Cost, Setup, Timed
+from benchmarks.sweep.errors import TWICE_THE_BASELINE
+from benchmarks.sweep.op import Pass
+from benchmarks.sweep.plan import OURS, LeftOut, Plan
 from dtrain.kernels import block_mask
 from dtrain.kernels.attention_backward import Form
 
-__all__ = ["OURS", "Pass", "dense_plans", "window_plans"]
+__all__ = ["dense_plans", "window_plans"]
 
-OURS = "dtrain"
 _FUSED = "dtrain, fused backward"
 _FLEX = "FlexAttention"
-
-Pass = Literal["forward", "backward"]
 
 
 def dense_plans(settings: Settings) -> Iterator[Plan]:
@@ -103,14 +103,13 @@ def _case(
     forward_flops = shape.flops(None if mask is None else mask.pairs)
     flops, tensors = (forward_flops, 4) if way == "forward" else (forward_flops * 5 // 2, 8)
     density = "" if mask is None else f", {mask.density:.1%} of the pairs"
-    dtype = str(settings.dtype).removeprefix("torch.")
     return Case(
         name=name,
         title=f"Attention {way}, {shape.batch} × {shape.heads} heads × {shape.tokens:,} tokens × "
-        f"{shape.head_dim}{density}, {dtype}",
+        f"{shape.head_dim}{density}, {settings.dtype_name}",
         baseline=next(iter(setups)),
         contestants=setups,
-        gates=(Gate("error over the baseline's", 2.0, error_ratio),),
+        gates=(TWICE_THE_BASELINE,),
         metrics=(
             Timed("call_ms"),
             Timed("throughput", "TFLOP/s", "higher", lambda seconds: flops / seconds / 1e12),
@@ -119,7 +118,7 @@ def _case(
             flops,
             tensors * shape.tensor_bytes(settings.dtype.itemsize),
             f"{'4' if way == 'forward' else '10'}·D a pair; {tensors} tensors once",
-            dtype,
+            settings.dtype_name,
         ),
         device=settings.kind,
         rounds=settings.rounds,

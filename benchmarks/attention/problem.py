@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention import exact
+from benchmarks.sweep.errors import relative_error, worst_error
 from dtrain.kernels.block_mask import BlockMask
 
-__all__ = ["Attend", "Backward", "Forward", "Problem", "Shape", "error_ratio", "relative_error"]
+__all__ = ["Attend", "Backward", "Forward", "Problem", "Shape"]
 
 # q, k, v, each (B, H, N, D), to the output (B, H, N, D).
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -133,15 +134,4 @@ class Backward:
 
     def error(self) -> float:
         """The worst of dq, dk and dv, relative to fp64; NaN where one of them is."""
-        pairs = zip(map(self.problem.heads, self()), self.problem.exact_gradients, strict=True)
-        return float(torch.tensor([relative_error(got, want) for got, want in pairs]).max())
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """‖got - want‖ / ‖want‖, in fp64."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-def error_ratio(work: Forward | Backward, baseline: Forward | Backward) -> float:
-    """How many times as far from the truth as the baseline; each from its own truth."""
-    return work.error() / baseline.error()
+        return worst_error(zip(map(self.problem.heads, self()), self.problem.exact_gradients, strict=True))

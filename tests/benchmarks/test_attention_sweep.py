@@ -1,7 +1,6 @@
 """The sweep of attention: its truth, its gates, its budget, its file and its table."""
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +11,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.attention import contestants, exact, norm_rope, suite, table
+from benchmarks.attention import contestants, exact, norm_rope
 from benchmarks.attention.exact import exact_attention
-from benchmarks.attention.layer import Layer, LayerStep
+from benchmarks.attention.layer import Layer
 from benchmarks.attention.operation import dense_plans, window_plans
-from benchmarks.attention.plan import LeftOut, settings_for
-from benchmarks.attention.problem import Backward, Forward, Problem, Shape, error_ratio
-from benchmarks.attention.suite import Sweep, read_sweep, run_sweep
-from benchmarks.result import GateResult, Measurement, Result
+from benchmarks.attention.plans import attention_plans
+from benchmarks.attention.plot import plot
+from benchmarks.attention.problem import Backward, Forward, Problem, Shape
+from benchmarks.attention.settings import settings_for
+from benchmarks.result import Measurement, Result
+from benchmarks.sweep.errors import error_ratio
+from benchmarks.sweep.op import Inputs, Step
+from benchmarks.sweep.run import Sweep, read_sweep, run_plans
+from benchmarks.sweep.table import sound
 from dtrain.kernels.block_mask import packed, tile_windows
 
 TINY = Shape(batch=2, heads=3, tokens=20, head_dim=8)
@@ -86,10 +90,10 @@ def test_the_layers_gate_notices_a_wrong_weight() -> None:
     settings = dataclasses.replace(settings_for("cpu", quick=True), dtype=torch.float32)
     layer = Layer(settings, Shape(1, 2, 48, 12), (2, 4, 6))
     module = layer.plain(F.scaled_dot_product_attention)
-    assert LayerStep(layer, module, torch.float32).error() < 1e-5
+    assert layer.step(module).error() < 1e-5
     with torch.no_grad():
         module.attn["q_norm"].weight[0] *= 1.1
-    assert LayerStep(layer, module, torch.float32).error() > 1e-4
+    assert layer.step(module).error() > 1e-4
 
 
 def test_flex_attention_is_given_the_same_mask() -> None:
@@ -128,92 +132,32 @@ def test_gpu_plans_cover_both_ways_of_every_size(quick: bool) -> None:
 
 
 def test_what_the_budget_does_not_reach_is_left_out_by_name(tmp_path: Path) -> None:
-    sweep = run_sweep("cpu", tmp_path / "a.json", quick=True, budget_s=-1.0)
+    sweep = run_plans(attention_plans("cpu", quick=True), "cpu", tmp_path / "a.json", budget_s=-1.0)
     assert sweep.results == ()
     assert "attention_dense_backward_d64_n48" in [one.case for one in sweep.left_out]
     assert all("were over" in one.reason for one in sweep.left_out)
     assert read_sweep(tmp_path / "a.json") == sweep
-    assert not table.sound(sweep)
-
-
-def test_a_case_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: object, **kwargs: object) -> Result:
-        raise RuntimeError("out of memory\nlong story")
-
-    monkeypatch.setattr(suite, "measure", fail)
-    monkeypatch.setattr(suite, "_plans", lambda settings: [next(iter(dense_plans(settings)))] * 2)
-    sweep = run_sweep("cpu", tmp_path / "a.json", quick=True)
-    failed = LeftOut("attention_dense_forward_d64_n48", "", "RuntimeError: out of memory")
-    assert sweep.left_out == (failed, failed)
-
-
-def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"schema_version": 1}))
-    with pytest.raises(ValueError, match=r"a\.json: \$\."):
-        read_sweep(tmp_path / "a.json")
-
-
-def swept(result: Result, **changes: object) -> Sweep:
-    def metrics(*ms: float) -> dict[str, Measurement]:
-        rate = tuple(100 / x for x in ms)
-        return {
-            "call_ms": Measurement(ms[1], min(ms), max(ms), "ms", "lower", ms),
-            "throughput": Measurement(rate[1], min(rate), max(rate), "TFLOP/s", "higher", rate),
-        }
-
-    runs = {
-        "SDPA flash": metrics(4.0, 4.0, 6.0),
-        "dtrain": metrics(2.0, 2.0, 2.0),
-        "late": metrics(9.0, 9.0, 9.0),
-    }
-    gates = tuple(GateResult("error", name, name != "late", 1.0, 2.0) for name in runs)
-    swept = dataclasses.replace(
-        result, case="attention_dense_forward_d64_n48", contestants=runs, gates=gates, baseline="SDPA flash"
-    )
-    left_out = (LeftOut("a", "SDPA cuDNN", "no"), LeftOut("b", "SDPA cuDNN", "no"), LeftOut("b", "", "over"))
-    return Sweep(1, (dataclasses.replace(swept, **changes),), left_out, 3.0)
-
-
-def test_the_table_has_a_line_a_case(result: Result) -> None:
-    first, *rest = table.table(swept(result)).splitlines()
-    # 10¹² FLOPs in 2 ms, of 2·10¹² a second
-    words = "attention_dense_forward_d64_n48 2.000 ms 500.0 TFLOP/s 25000% | SDPA flash ×2.00 | late red"
-    assert " ".join(first.split()) == words
-    assert rest == ["left out: a SDPA cuDNN: no", "left out: b : over", "1 cases in 3 s"]
-
-
-def test_work_without_flops_is_held_against_a_copy(result: Result) -> None:
-    floor = dataclasses.replace(result.floor, flops=0)
-    first = table.table(swept(result, floor=floor)).splitlines()[0]
-    # 10⁹ bytes in 2 ms, of 10¹⁰ a second
-    assert "2.000 ms 0.50 TB/s 5000% |" in " ".join(first.split())
+    assert not sound(sweep)
 
 
 def test_the_norms_gate_notices_what_is_wrong() -> None:
     settings = dataclasses.replace(settings_for("cpu", quick=True), dtype=torch.float32)
-    inputs = norm_rope.Inputs(settings, Shape(1, 2, 48, 12), (2, 4, 6))
+    op = norm_rope.op(settings, Shape(1, 2, 48, 12), (2, 4, 6))
+    inputs = Inputs(op.definition, *op.draw())
 
-    def unweighted(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> object:
-        return norm_rope.plain(qkv, q_weight, k_weight * 1.01, cos, sin)
+    def unweighted(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> object:
+        return op.definition(qkv, q_weight, k_weight * 1.01)
 
     for way in ("forward", "backward"):
-        assert norm_rope.Step(inputs, norm_rope.plain, way).error() < 1e-5
-        assert norm_rope.Step(inputs, unweighted, way).error() > 5e-3
-
-
-def test_only_our_own_red_gates_make_a_sweep_unsound(result: Result) -> None:
-    good = swept(result)
-    assert table.sound(good)
-    red = tuple(dataclasses.replace(g, passed=False) for g in good.results[0].gates)
-    assert not table.sound(swept(result, gates=red))
-    assert "RED" in table.table(swept(result, gates=red))
-    theirs = {"SDPA flash": good.results[0].contestants["SDPA flash"]}
-    assert not table.sound(swept(result, contestants=theirs))
-    assert "dtrain did not run" in table.table(swept(result, contestants=theirs))
+        assert Step(inputs, op.definition, way).error() < 1e-5
+        assert Step(inputs, unweighted, way).error() > 5e-3
 
 
 def test_the_picture_is_drawn(result: Result, tmp_path: Path) -> None:
-    table.plot(swept(result), tmp_path / "a.png")
+    rate = Measurement(50.0, 50.0, 50.0, "TFLOP/s", "higher", (50.0,))
+    runs = {"SDPA flash": {"throughput": rate}, "dtrain": {"throughput": rate}}
+    result = dataclasses.replace(result, case="attention_dense_forward_d64_n48", contestants=runs)
+    plot(Sweep(1, (result,), (), 3.0), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

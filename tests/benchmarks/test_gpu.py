@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from benchmarks.attention.suite import read_sweep
 from benchmarks.gpu import Stage, run_stages, stages
+from benchmarks.sweep.run import read_sweep
 from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.tiles import read_tables
 from tests.launch import ROOT, run_python

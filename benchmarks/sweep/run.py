@@ -1,4 +1,4 @@
-"""Run the plans of attention within a budget of time, and keep all that was measured in one file.
+"""Run plans within a budget of time, and keep all that was measured in one file.
 
 Small cases come first. What does not fit the budget, or fails, is left out by name. The file is written anew
 after every case, so that a run that is cut short keeps what it has.
@@ -11,20 +11,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from benchmarks.attention.layer import layer_plans
-from benchmarks.attention.norm_rope import norm_rope_plans
-from benchmarks.attention.operation import dense_plans, window_plans
-from benchmarks.attention.plan import LeftOut, Plan, Settings, settings_for
 from benchmarks.environment import measured_rates
 from benchmarks.harness import run as measure
 from benchmarks.result import Result
 from benchmarks.schema import decode
+from benchmarks.sweep.plan import Kind, LeftOut, Plan
 
-__all__ = ["SCHEMA_VERSION", "Sweep", "read_sweep", "run_sweep"]
+__all__ = ["SCHEMA_VERSION", "Sweep", "read_sweep", "run_plans"]
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +37,19 @@ class Sweep:
     seconds: float = field(metadata={"help": "how long the run took, compilers included"})
 
 
-def run_sweep(
-    kind: Literal["cpu", "cuda"], path: Path, quick: bool = False, budget_s: float = 540.0
-) -> Sweep:
-    """Measure attention, its layer and its windows; write them to `path` as JSON.
+def run_plans(plans: Iterable[Plan], kind: Kind, path: Path, budget_s: float = 540.0) -> Sweep:
+    """Measure every plan, the smallest first; write the sweep to `path` as JSON.
 
     Args:
-        kind: on the CPU, tiny sizes in Triton's interpreter rehearse the run.
+        kind: on the CPU, rates are measured once, for all cases.
         budget_s: no case starts later than this many seconds after the first.
     """
     started = time.perf_counter()
-    settings = settings_for(kind, quick)
     # A GPU's rates drift with its clocks, so that every case measures them again.
     rates = measured_rates("cpu", torch.float32) if kind == "cpu" else None
     results: list[Result] = []
     left_out: list[LeftOut] = []
-    for plan in sorted(_plans(settings), key=lambda plan: plan.flops):
+    for plan in sorted(plans, key=lambda plan: plan.flops):
         spent = time.perf_counter() - started
         if spent > budget_s:
             left_out.append(LeftOut(plan.name, "", f"the {budget_s:.0f} s of the run were over"))
@@ -69,7 +62,7 @@ def run_sweep(
 
 
 def read_sweep(path: Path) -> Sweep:
-    """Read and check what `run_sweep` wrote.
+    """Read and check what `run_plans` wrote.
 
     Raises:
         ValueError: not a file of this format; names the file and the first fault.
@@ -79,13 +72,6 @@ def read_sweep(path: Path) -> Sweep:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return sweep
-
-
-def _plans(settings: Settings) -> Iterable[Plan]:
-    yield from dense_plans(settings)
-    yield from window_plans(settings)
-    yield from norm_rope_plans(settings)
-    yield from layer_plans(settings)
 
 
 def _measure(plan: Plan, rates: tuple[float, float] | None) -> tuple[list[Result], list[LeftOut]]:

@@ -1,54 +1,29 @@
-"""What is measured, and how large: settings for a GPU, a short run on one, and a rehearsal on a CPU."""
+"""How large attention is: settings for a GPU, a short run on one, and a rehearsal on a CPU."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
-from benchmarks.case import Case
+from benchmarks.sweep import plan
+from benchmarks.sweep.plan import Kind
 
-__all__ = ["LeftOut", "Plan", "Settings", "settings_for"]
+__all__ = ["Settings", "Triple", "settings_for"]
 
 Triple = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """What was not measured, and why."""
-
-    case: str = field(metadata={"help": "name of the case"})
-    contestant: str = field(metadata={"help": "who does not serve there; empty: the whole case"})
-    reason: str = field(metadata={"help": "what it said"})
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A case that is built, inputs and all, only when its turn comes.
-
-    Args:
-        flops: of a dense pass, a measure of how long it takes: small cases come first.
-        make: probes who serves; the case of those who do, and those left out.
-    """
-
-    name: str
-    flops: int
-    make: Callable[[], tuple[Case, list[LeftOut]]]
-
-
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(plan.Settings):
     """Sizes of a run.
 
     Args:
         heads: head dim -> heads; their product is the width of a layer.
         batch_tokens: tokens of a batch; one sample where a sample has more.
         windows: grid of tokens, tile and window of the sparse cases.
-        layer_tokens: lengths of the layer cases.
+        layer_grids: frames, rows and columns of tokens of the layer cases.
     """
 
-    kind: Literal["cpu", "cuda"]
-    dtype: torch.dtype
     heads: Mapping[int, int]
     tokens: tuple[int, ...]
     batch_tokens: int
@@ -56,15 +31,9 @@ class Settings:
     window_head_dims: tuple[int, ...]
     layer_head_dims: tuple[int, ...]
     layer_grids: tuple[Triple, ...]
-    rounds: int
-    warmup: int = 2
-
-    @property
-    def device(self) -> str:
-        return self.kind
 
 
-def settings_for(kind: Literal["cpu", "cuda"], quick: bool) -> Settings:
+def settings_for(kind: Kind, quick: bool) -> Settings:
     """CPU sizes rehearse the code in Triton's interpreter; their times mean nothing.
 
     Args:
