@@ -69,22 +69,22 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return q.to(wide) @ k.to(wide).mT * scale
 
 
-def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """cat([x, skip])·Wᵀ + b without the concatenation: x·W₁ᵀ + skip·W₂ᵀ + b, with W₁ and W₂ views of W.
 
-    Autograd would keep the 2D-wide concatenation for the backward pass; x and skip it keeps anyhow.
     The second product adds into a new tensor rather than in place: autocast and FLOP counters know `addmm`
     but not `addmm_`.
 
     Args:
-        x, skip: (..., D).
-        weight: (E, 2D); the first D columns act on x.
+        x: (..., D).
+        skip: (..., S).
+        weight: (E, D + S); the first D columns act on x.
         bias: (E,).
     Returns: (..., E).
     """
-    weight_x, weight_skip = weight.chunk(2, dim=1)
-    out = torch.addmm(bias, x.flatten(0, -2), weight_x.t())
-    out = torch.addmm(out, skip.flatten(0, -2), weight_skip.t())
+    weight_x, weight_skip = weight.tensor_split((x.shape[-1],), dim=1)
+    out = F.linear(x.reshape(-1, x.shape[-1]), weight_x, bias)
+    out = torch.addmm(out, skip.reshape(-1, skip.shape[-1]), weight_skip.t())
     return out.view(*x.shape[:-1], -1)
 
 

@@ -16,7 +16,9 @@ from dtrain.kernels import reference
 from dtrain.kernels.attention import Backend
 from dtrain.kernels.attention_layer import qkv_attention
 from dtrain.kernels.block_mask import BlockMask
+from dtrain.kernels.mlp import mlp
 from dtrain.kernels.qk_norm_rope import qk_norm_rope
+from dtrain.kernels.skip import skip_linear
 from uvit.embed import PLAIN, Layout, Rope
 
 
@@ -39,7 +41,7 @@ class SkipLinear(nn.Linear):
         super().__init__(2 * width, width)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
-        return reference.skip_linear(x, skip, self.weight, self.bias)
+        return skip_linear(x, skip, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -78,17 +80,22 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Linear, exact GELU, linear, see `kernels.mlp`.
+
+    The layers' parameters are used, the layers are not called: hooks on `fc1` and `fc2` do not fire.
+    `chunks`, which is 1, may be set to compute the rows in as many pieces, which bounds the memory of the
+    hidden layer.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.chunks = 1
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
+        first, second = self.fc1, self.fc2
+        return mlp(x, first.weight, first.bias, second.weight, second.bias, chunks=self.chunks)
 
 
 class Block(nn.Module):

@@ -160,7 +160,7 @@ def test_a_long_skip_never_makes_a_tensor_twice_as_wide(monkeypatch: pytest.Monk
     def concatenated(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(torch.cat([x, skip], dim=-1), weight, bias)
 
-    monkeypatch.setattr("dtrain.kernels.reference.skip_linear", concatenated)
+    monkeypatch.setattr("uvit.layers.skip_linear", concatenated)
     assert (2, 19, 64) in _wide_shapes(_model(input_size=size), inputs)  # so the check can fail
 
 
