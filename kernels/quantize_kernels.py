@@ -1,0 +1,419 @@
+"""The kernels that quantise, decode, sum and quantise again, each in one pass.
+
+They do the steps of `quantize_reference`, in fp32 and in the same order, and give the same bits: no step is
+contracted (`enable_fp_fusion=False`), reciprocals are rounded correctly, and codes, bf16 scales and eight-bit
+floats are made by integer arithmetic, so that no format is asked of the GPU. Rotations alone are sums in
+another order: products with a matrix of ±1 that is made on the fly.
+
+    H_2m [a; b] = [H_m (a + b); H_m (a - b)]
+
+As the matrix is exact in tf32, two products, with the upper 11 bits of x and with the rest, have about the
+precision of fp32: 2·2·64 FLOPs an element, against 5 bytes or more. That stays within the memory's time on a
+GPU that does 52 tf32 FLOPs a byte (A100: 77, H100: 148, by their data sheets). fp16 and bf16 that are rotated
+as they come need the first product only.
+
+A program owns some blocks, each as two halves: the pairs that 4-bit codes share bytes with, and those that a
+rotation of a whole block adds and subtracts. So nothing is moved between threads but the largest magnitude.
+
+In a kernel: G blocks of a program, B elements of a block, W half of B; a, b the halves (G, W); i_ index,
+o_ offsets, m_ mask, p_ pointer.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from dtrain.kernels.launch import SHARED_BYTES, AotCase, arch_of, can_launch, known_arch, tl, triton
+from dtrain.kernels.payload import Bits, Format, residual_numel
+from dtrain.kernels.rounding import from_minifloat, random_bits, to_minifloat
+
+__all__ = ["aot_cases", "decode", "decode_sum_encode", "encode", "refusal"]
+
+_NUMBERS = ["n", "n_residual", "k", "stride", "factor", "seed", "first"]
+
+
+@triton.jit
+def _blocks(n, UNIT: tl.constexpr, B: tl.constexpr, G: tl.constexpr):
+    """This program's blocks (G,), how many there are in all, and the elements that they cover, int64."""
+    elements = n.to(tl.int64) * UNIT
+    return tl.program_id(0).to(tl.int64) * G + tl.arange(0, G), tl.cdiv(elements, B), elements
+
+
+@triton.jit
+def _load(p, i_block, n, B: tl.constexpr):
+    """Both halves of blocks of a tensor in fp32, zero from element n on."""
+    o = i_block[:, None] * B + tl.arange(0, B // 2)[None, :]
+    a = tl.load(p + o, mask=o < n, other=0.0).to(tl.float32)
+    b = tl.load(p + o + B // 2, mask=o + B // 2 < n, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store(p, i_block, n, a, b, B: tl.constexpr):
+    o = i_block[:, None] * B + tl.arange(0, B // 2)[None, :]
+    tl.store(p + o, a.to(p.dtype.element_ty), mask=o < n)
+    tl.store(p + o + B // 2, b.to(p.dtype.element_ty), mask=o + B // 2 < n)
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _hadamard(ORDER: tl.constexpr):
+    """(ORDER, ORDER) of ±1: an element's sign is the parity of the bits that its indices share."""
+    o = tl.arange(0, ORDER)
+    parity = o[:, None] & o[None, :]
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    return (1 - 2 * (parity & 1)).to(tl.float32)
+
+
+@triton.jit
+def _product(x, h, SHORT: tl.constexpr):
+    """x·h, where h is ±1. Two parts of x in tf32 carry 22 of its bits; SHORT says that one carries all."""
+    if SHORT:
+        product = tl.dot(x, h, input_precision="tf32")
+    else:
+        high = _float(_bits(x) & -8192)
+        product = tl.dot(x - high, h, input_precision="tf32")
+        product = tl.dot(high, h, product, input_precision="tf32")
+    return product
+
+
+@triton.jit
+def _rotate(a, b, ORDER: tl.constexpr, SHORT: tl.constexpr):
+    """H of each group of ORDER elements."""
+    G: tl.constexpr = a.shape[0]
+    W: tl.constexpr = a.shape[1]
+    if ORDER > W:
+        a, b = a + b, a - b
+    SMALL: tl.constexpr = min(ORDER, W)
+    h = _hadamard(SMALL)
+    a = _product(tl.reshape(a, [G * W // SMALL, SMALL]), h, SHORT) * ORDER**-0.5
+    b = _product(tl.reshape(b, [G * W // SMALL, SMALL]), h, SHORT) * ORDER**-0.5
+    return tl.reshape(a, [G, W]), tl.reshape(b, [G, W])
+
+
+@triton.jit
+def _scale_bits(a, b, LARGEST: tl.constexpr):
+    """fp32 bits of each block's scale (G,), and where it is NaN."""
+    # Bits without their sign are in the order of the magnitudes, NaN last.
+    amax = tl.max(tl.maximum(_bits(a) & 0x7FFFFFFF, _bits(b) & 0x7FFFFFFF), axis=1)
+    scale = (_bits(_float(amax) * (1 / LARGEST)) + 0xFFFF) & -65536
+    scale = tl.where(amax < 0x08800000, 0x3F800000, scale)  # below 2^-110: 1
+    poisoned = amax >= 0x7F000000  # from 2^127 on
+    return tl.where(poisoned, 0x7FC00000, scale), poisoned
+
+
+@triton.jit
+def _code(t, noise, LARGEST: tl.constexpr):
+    """Codes of numbers in units of their scales, int32; those of e4m3 are its bits."""
+    if LARGEST == 448:
+        code = to_minifloat(t, noise, 2.0**-120, 3, 0x7E) | ((_bits(t) >> 24) & 0x80)
+    elif noise is None:
+        code = _bits(t + 12582912.0) - 0x4B400000  # 1.5·2^23: what remains of the sum is a whole number
+    else:  # in units of 2^-23, which t from 1 on is a multiple of
+        code = ((t * 8388608.0).to(tl.int32) + (noise >> 9).to(tl.int32)) >> 23
+        code = tl.minimum(tl.maximum(code, -LARGEST), LARGEST)
+    return code
+
+
+@triton.jit
+def _value(code, LARGEST: tl.constexpr):
+    """The numbers that codes are."""
+    if LARGEST == 448:
+        magnitude = from_minifloat(code & 0x7F, 2.0**-120, 3)
+        value = _float(_bits(magnitude) | ((code & 0x80) << 24))
+    else:
+        value = code.to(tl.float32)
+    return value
+
+
+@triton.jit
+def _write(p, i_block, blocks, ca, cb, scale, B: tl.constexpr, LARGEST: tl.constexpr):
+    """Codes and scales of blocks to a payload; the padding as scales of zero."""
+    SIZE: tl.constexpr = B // 2 if LARGEST == 7 else B
+    m_block = i_block < blocks
+    o = i_block[:, None] * SIZE + tl.arange(0, B // 2)[None, :]
+    if LARGEST == 7:
+        tl.store(p + o, ((ca + 8) | ((cb + 8) << 4)).to(tl.uint8), mask=m_block[:, None])
+    else:
+        tl.store(p + o, ca.to(tl.uint8), mask=m_block[:, None])
+        tl.store(p + o + B // 2, cb.to(tl.uint8), mask=m_block[:, None])
+    p_scale = (p + blocks * SIZE).to(tl.pointer_type(tl.int16))
+    bits = tl.where(m_block, scale >> 16, 0).to(tl.int16)
+    tl.store(p_scale + i_block, bits, mask=i_block < (blocks + 7) // 8 * 8)
+
+
+@triton.jit
+def _read(p, i_block, blocks, B: tl.constexpr, LARGEST: tl.constexpr):
+    """Both halves of what blocks of a payload stand for; zero beyond its end."""
+    SIZE: tl.constexpr = B // 2 if LARGEST == 7 else B
+    m_block = i_block < blocks
+    o = i_block[:, None] * SIZE + tl.arange(0, B // 2)[None, :]
+    p_scale = (p + blocks * SIZE).to(tl.pointer_type(tl.int16))
+    scale = _float(tl.load(p_scale + i_block, mask=m_block, other=0).to(tl.int32) << 16)[:, None]
+    ca = tl.load(p + o, mask=m_block[:, None], other=0).to(tl.int32)
+    if LARGEST == 7:
+        cb = (ca >> 4) - 8
+        ca = (ca & 15) - 8
+    else:
+        cb = tl.load(p + o + B // 2, mask=m_block[:, None], other=0).to(tl.int32)
+        if LARGEST == 127:
+            ca = (ca << 24) >> 24
+            cb = (cb << 24) >> 24
+    return _value(ca, LARGEST) * scale, _value(cb, LARGEST) * scale
+
+
+@triton.jit
+def _quantise(
+    p, i_block, blocks, a, b, seed, first,
+    B: tl.constexpr, LARGEST: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Write blocks to a payload; what is left of them, zero where they are poisoned."""
+    scale, poisoned = _scale_bits(a, b, LARGEST)
+    s = _float(scale)[:, None]
+    inverse = tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
+    noise_a = None
+    noise_b = None
+    if STOCHASTIC:
+        counter = (first + i_block * B) // 4
+        noise_a = random_bits(seed, counter, B // 2)
+        noise_b = random_bits(seed, counter + B // 8, B // 2)
+    ca = _code(tl.where(poisoned[:, None], 0.0, a * inverse), noise_a, LARGEST)
+    cb = _code(tl.where(poisoned[:, None], 0.0, b * inverse), noise_b, LARGEST)
+    _write(p, i_block, blocks, ca, cb, scale, B, LARGEST)
+    a = tl.where(poisoned[:, None], 0.0, a - _value(ca, LARGEST) * s)
+    b = tl.where(poisoned[:, None], 0.0, b - _value(cb, LARGEST) * s)
+    return a, b
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _encode_kernel(
+    X, MINUS, RESIDUAL, PAYLOAD, n, n_residual, seed, first,
+    B: tl.constexpr, LARGEST: tl.constexpr, ROTATION: tl.constexpr, SHORT: tl.constexpr,
+    STOCHASTIC: tl.constexpr, UNIT: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """MINUS and RESIDUAL may be None; a RESIDUAL of bytes is a payload of int8. Sizes count UNIT elements."""
+    i_block, blocks, n = _blocks(n, UNIT, B, G)
+    a, b = _load(X, i_block, n, B)
+    if MINUS is not None:
+        ma, mb = _load(MINUS, i_block, n, B)
+        a -= ma
+        b -= mb
+    if ROTATION > 0:
+        a, b = _rotate(a, b, ROTATION, SHORT)
+    if RESIDUAL is not None:
+        if RESIDUAL.dtype.element_ty == tl.uint8:
+            ra, rb = _read(RESIDUAL, i_block, blocks, B, 127)
+        else:
+            n_residual = n_residual.to(tl.int64) * UNIT
+            ra, rb = _load(RESIDUAL, i_block, n_residual, B)
+        a += ra
+        b += rb
+    a, b = _quantise(PAYLOAD, i_block, blocks, a, b, seed, first, B, LARGEST, STOCHASTIC)
+    if RESIDUAL is not None:
+        if RESIDUAL.dtype.element_ty == tl.uint8:
+            _quantise(RESIDUAL, i_block, blocks, a, b, seed, first, B, 127, False)
+        else:
+            _store(RESIDUAL, i_block, n_residual, a, b, B)
+
+
+@triton.jit
+def _sum(p, i_block, blocks, k, stride, factor, G: tl.constexpr, B: tl.constexpr, LARGEST: tl.constexpr):
+    """Σ c·s of the payloads, in their order, times a factor."""
+    a = tl.full([G, B // 2], -0.0, tl.float32)  # the one number that changes no other, the sign of zero too
+    b = a
+    for i in range(k):
+        pa, pb = _read(p + i * stride.to(tl.int64) * 16, i_block, blocks, B, LARGEST)
+        a += pa
+        b += pb
+    return a * factor, b * factor
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _decode_kernel(
+    PAYLOADS, OUT, n, k, stride, factor,
+    B: tl.constexpr, LARGEST: tl.constexpr, ROTATION: tl.constexpr, ADD: tl.constexpr,
+    UNIT: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Into OUT, or with ADD onto what it holds. `stride` of payloads in units of 16 bytes."""
+    i_block, blocks, n = _blocks(n, UNIT, B, G)
+    a, b = _sum(PAYLOADS, i_block, blocks, k, stride, factor, G, B, LARGEST)
+    if ROTATION > 0:
+        a, b = _rotate(a, b, ROTATION, False)
+    if ADD:
+        oa, ob = _load(OUT, i_block, n, B)
+        a += oa
+        b += ob
+    _store(OUT, i_block, n, a, b, B)
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
+def _decode_sum_encode_kernel(
+    PAYLOADS, PAYLOAD, n, k, stride, factor, seed, first,
+    B: tl.constexpr, LARGEST_IN: tl.constexpr, LARGEST: tl.constexpr,
+    ROTATION_IN: tl.constexpr, ROTATION: tl.constexpr, STOCHASTIC: tl.constexpr,
+    UNIT: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    i_block, blocks, _ = _blocks(n, UNIT, B, G)
+    a, b = _sum(PAYLOADS, i_block, blocks, k, stride, factor, G, B, LARGEST_IN)
+    if ROTATION_IN != ROTATION:
+        if ROTATION_IN > 0:
+            a, b = _rotate(a, b, ROTATION_IN, False)
+        if ROTATION > 0:
+            a, b = _rotate(a, b, ROTATION, False)
+    _quantise(PAYLOAD, i_block, blocks, a, b, seed, first, B, LARGEST, STOCHASTIC)
+
+
+class _Launch(NamedTuple):
+    """Warps of a program, and its elements."""
+
+    warps: int
+    elements: int
+
+
+# Not timed. No kernel spills, by `dtrain.kernels.aot` with Triton 3.6 and 3.9. A thread holds 16 elements of
+# each half; rotating it holds 8 where the product is a warp's, and on GPUs where it is four warps' there are
+# the 64 rows that they take.
+_PLAIN = _Launch(4, 4096)
+_ROTATING = dict.fromkeys(SHARED_BYTES, _Launch(4, 2048)) | dict.fromkeys(
+    ("sm_90", "sm_100"), _Launch(8, 8192)
+)
+
+
+def refusal(device: torch.device) -> str:
+    """Why the kernels cannot serve; empty where they can."""
+    if not can_launch(device):
+        return f"{device.type} tensors need a GPU and Triton, or TRITON_INTERPRET=1 in the environment"
+    return ""
+
+
+def _launch(arch: str, n: int, block: int, rotates: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants of every kernel, and options of the launch."""
+    warps, elements = _ROTATING[known_arch(arch)] if rotates else _PLAIN
+    # Scales are padded to a multiple of 8.
+    constants = {"B": block, "G": max(8, elements // block), "UNIT": 1 if n % 16 else 16}
+    return constants, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def _grid(n: int, constants: dict[str, Any]) -> tuple[int]:
+    return (-(-n // (constants["B"] * constants["G"])),)
+
+
+def encode(
+    x: Tensor, payload: Tensor, minus: Tensor | None, residual: Tensor | None, format: Format,
+    seed: int | None, first: int,
+) -> None:  # fmt: skip
+    """`quantize_reference.encode`."""
+    n = x.numel()
+    constants, options = _launch(arch_of(x.device), n, format.block, format.rotation > 0)
+    unit = constants["UNIT"]
+    with torch.cuda.device_of(x):
+        _encode_kernel[_grid(n, constants)](
+            x, minus, residual, payload, n // unit, residual_numel(n, format) // unit, seed or 0, first,
+            **constants, **_encoding(format, x.dtype, minus is not None, seed is not None), **options,
+        )  # fmt: skip
+
+
+def _encoding(format: Format, dtype: torch.dtype, minus: bool, stochastic: bool) -> dict[str, Any]:
+    unchanged = dtype != torch.float32 and not minus and 2 * format.rotation <= format.block
+    return {
+        "LARGEST": format.largest,
+        "ROTATION": format.rotation,
+        "SHORT": unchanged,
+        "STOCHASTIC": stochastic,
+    }
+
+
+def decode(payloads: Tensor, out: Tensor, divide: float, format: Format, add: bool = False) -> None:
+    """`quantize_reference.decode_sum`, or with `add` `decode_add`."""
+    n = out.numel()
+    constants, options = _launch(arch_of(out.device), n, format.block, format.rotation > 0)
+    with torch.cuda.device_of(out):
+        _decode_kernel[_grid(n, constants)](
+            payloads, out, n // constants["UNIT"], len(payloads), payloads.stride(0) // 16, 1 / divide,
+            **constants, LARGEST=format.largest, ROTATION=format.rotation, ADD=add, **options,
+        )  # fmt: skip
+
+
+def decode_sum_encode(
+    payloads: Tensor, payload: Tensor, n: int, divide: float, format_in: Format, format_out: Format,
+    seed: int | None, first: int,
+) -> None:  # fmt: skip
+    """`quantize_reference.decode_sum_encode`."""
+    rotates = format_in.rotation != format_out.rotation
+    constants, options = _launch(arch_of(payload.device), n, format_in.block, rotates)
+    with torch.cuda.device_of(payload):
+        _decode_sum_encode_kernel[_grid(n, constants)](
+            payloads, payload, n // constants["UNIT"], len(payloads), payloads.stride(0) // 16, 1 / divide,
+            seed or 0, first,
+            **constants, **_recoding(format_in, format_out, seed is not None), **options,
+        )  # fmt: skip
+
+
+def _recoding(format_in: Format, format_out: Format, stochastic: bool) -> dict[str, Any]:
+    return {
+        "LARGEST_IN": format_in.largest,
+        "LARGEST": format_out.largest,
+        "ROTATION_IN": format_in.rotation,
+        "ROTATION": format_out.rotation,
+        "STOCHASTIC": stochastic,
+    }
+
+
+_TYPES = {
+    "n": "i32", "n_residual": "i32", "k": "i32", "stride": "i64", "seed": "i64", "first": "i64",
+    "factor": "fp32", "PAYLOAD": "*u8", "PAYLOADS": "*u8", "X": "*fp32", "MINUS": "*bf16",
+    "RESIDUAL": "*fp32", "OUT": "*bf16",
+}  # fmt: skip
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Each format in blocks of 128: plain, with all that there is, summed, encoded again, added."""
+    for arch in SHARED_BYTES:
+        for bits in get_args(Bits):
+            plain, rotated = Format(bits), Format(bits, rotation=64)
+            nothing = {"MINUS": None, "RESIDUAL": None}
+            given: dict[str, tuple[Any, dict[str, Any]]] = {
+                "encode": (_encode_kernel, nothing | _encoding(plain, torch.float32, False, False)),
+                "encode by chance, rotated, residual": (
+                    _encode_kernel,
+                    _encoding(rotated, torch.float32, True, True),
+                ),
+                "decode_sum": (_decode_kernel, {"LARGEST": plain.largest, "ROTATION": 0, "ADD": False}),
+                "decode_add, rotated": (
+                    _decode_kernel,
+                    {"LARGEST": plain.largest, "ROTATION": 64, "ADD": True},
+                ),
+                "decode_sum_encode": (_decode_sum_encode_kernel, _recoding(plain, plain, False)),
+            }
+            for name, (kernel, how) in given.items():
+                constants, options = _launch(arch, 16, 128, "rotated" in name)
+                yield _case(f"quantize.{name} {bits}", kernel, arch, constants | how, options)
+
+
+def _case(name: str, kernel: Any, arch: str, constants: dict[str, Any], options: dict[str, Any]) -> AotCase:
+    signature = {x: _TYPES[x] for x in kernel.arg_names if x not in constants}
+    return AotCase(
+        name=name,
+        kernel=kernel,
+        arch=arch,
+        signature=signature,
+        constexprs=constants,
+        divisible=tuple(x for x, kind in signature.items() if kind.startswith("*")),
+        options=options,
+        tensor_cores="rotated" in name,
+    )
