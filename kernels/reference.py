@@ -85,7 +85,7 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) ->
     weight_x, weight_skip = weight.tensor_split((x.shape[-1],), dim=1)
     out = F.linear(x.reshape(-1, x.shape[-1]), weight_x, bias)
     out = torch.addmm(out, skip.reshape(-1, skip.shape[-1]), weight_skip.t())
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -41,7 +41,7 @@ def _halves(weight: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def _forward_op(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     of_x, of_skip = _halves(weight.to(x.dtype), x)
     out = linear(as_rows(x), of_x, bias)
-    return out.addmm_(as_rows(skip), of_skip.t()).view(*x.shape[:-1], -1)
+    return out.addmm_(as_rows(skip), of_skip.t()).view(*x.shape[:-1], weight.shape[0])
 
 
 def _backward_op(
