@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, in one go: its tests, the sweep of attention, and the tuner.
+"""Everything that waits for a GPU, in one go: its tests, the sweeps, and the tuner.
 
 `python -m benchmarks.gpu` works from a clone in which nothing is installed, with the packages that are there:
 PyTorch, Triton and pytest. Test files that need others are skipped, by name. What a stage leaves of its share
@@ -66,17 +66,10 @@ def stages(out: Path, rehearse: bool) -> Iterator[Stage]:
         yield Stage(
             "kernels", (*pytest, *side_by_side, "-m", "not gpu", *compilers, "tests/kernels"), share=2
         )
-    sweep = (
-        "-m",
-        "benchmarks.attention",
-        "--quick",
-        "--plot",
-        "--out",
-        str(out),
-        "--budget-s",
-        "{seconds}",
-    )
-    yield Stage("attention", (*sweep, *(("--device", "cpu") if rehearse else ())), share=4)
+    sweep = ("--quick", "--plot", "--out", str(out), "--budget-s", "{seconds}")
+    on_cpu = ("--device", "cpu") if rehearse else ()
+    yield Stage("attention", ("-m", "benchmarks.attention", *sweep, *on_cpu), share=4)
+    yield Stage("fused", ("-m", "benchmarks.fused", *sweep, *on_cpu), share=6)
     tables = ("--json", str(out / "tiles.json"), "--log", str(out / "tune.json"), "--budget-s", "{seconds}")
     sizes = ("--device", "cpu", "--head-dim", "64", "--limit", "1", "--tokens", "40", "--workers", "1")
     tune = ("-m", "dtrain.kernels.tune", *tables, *(sizes if rehearse else ("--limit", "12")))
@@ -176,7 +169,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--budget-s", type=float, default=570.0, help="seconds for all stages together")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, in the interpreter")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="of tests, kernels, attention and tune")
+    parser.add_argument(
+        "--only", nargs="+", metavar="STAGE", help="of tests, kernels, attention, fused and tune"
+    )
     return parser.parse_args(argv)
 
 

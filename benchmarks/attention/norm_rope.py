@@ -17,6 +17,7 @@ from benchmarks.attention.problem import Shape
 from benchmarks.attention.settings import Settings, Triple
 from benchmarks.baselines.plain_attention import rotate
 from benchmarks.case import Cost
+from benchmarks.sweep.contest import Rivals
 from benchmarks.sweep.op import Op, op_plans
 from benchmarks.sweep.plan import Plan
 from dtrain.kernels.qk_norm_rope import backward_bytes, forward_bytes, qk_norm_rope
@@ -60,8 +61,7 @@ def op(settings: Settings, shape: Shape, grid: Triple) -> Op:
         name=("qk_norm_rope", f"d{shape.head_dim}_n{shape.tokens}"),
         title=f"QK-norm and rotation, {shape.batch} × {shape.tokens:,} tokens, {shape.heads} heads × "
         f"{shape.head_dim}",
-        definition=partial(plain, **tables),
-        ours=partial(ours, **tables),
+        rivals=Rivals(partial(plain, **tables), partial(ours, **tables)),
         draw=partial(_draw, settings, shape),
         cost={
             "forward": _cost(settings, shape, forward_bytes),

@@ -10,6 +10,7 @@ Shapes: B images, C channels, S side, P patch side, N patches, L tokens, D width
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
@@ -27,7 +29,7 @@ class Attention(nn.Module):
         batch, length, width = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, K)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = self.attend(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
 
 
@@ -68,7 +70,7 @@ class PatchEmbed(nn.Module):
 
 
 class PlainUViT(nn.Module):
-    """Class-conditional (num_classes > 0) or unconditional U-ViT with a final convolution, no time MLP."""
+    """Class-conditional (num_classes > 0) or unconditional U-ViT without a time MLP."""
 
     def __init__(
         self,
@@ -79,6 +81,7 @@ class PlainUViT(nn.Module):
         depth: int = 12,
         num_heads: int = 8,
         num_classes: int = 0,
+        conv: bool = True,
     ) -> None:
         super().__init__()
         self.patch_size, self.channels, self.width = patch_size, in_chans, embed_dim
@@ -92,12 +95,13 @@ class PlainUViT(nn.Module):
         self.out_blocks = nn.ModuleList(Block(embed_dim, num_heads, skip=True) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(embed_dim)
         self.decoder_pred = nn.Linear(embed_dim, patch_size**2 * in_chans)
-        self.final_layer = nn.Conv2d(in_chans, in_chans, 3, padding=1)
+        self.final_layer = nn.Conv2d(in_chans, in_chans, 3, padding=1) if conv else nn.Identity()
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, C, S, S), timesteps (B,), y (B,) classes -> (B, C, S, S)."""
         side = x.shape[-1] // self.patch_size
-        x = torch.cat([timestep_embedding(timesteps, self.width).unsqueeze(1), self.patch_embed(x)], dim=1)
+        time = timestep_embedding(timesteps, self.width).to(self.pos_embed.dtype)
+        x = torch.cat([time.unsqueeze(1), self.patch_embed(x)], dim=1)
         if self.label_emb is not None and y is not None:
             x = torch.cat([self.label_emb(y).unsqueeze(1), x], dim=1)
         x = x + self.pos_embed  # (B, L, D)

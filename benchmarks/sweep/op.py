@@ -1,32 +1,25 @@
-"""A differentiable operation as two cases, its forward and its backward pass: ours, its definition, others'.
+"""A differentiable operation as two cases, its forward and its backward pass.
 
-The baseline is the definition, run eagerly; it is also compiled, and in fp64 it is the truth. A forward pass
-is timed as in training: what its backward needs is kept until the call returns.
+A forward pass is timed as in training: what its backward needs is kept until the call returns.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Cost, Counted, Setup, Timed
-from benchmarks.memory import peak_bytes
-from benchmarks.sweep.compiled import compiled
-from benchmarks.sweep.errors import TWICE_THE_BASELINE, worst_error
-from benchmarks.sweep.plan import COMPILE, NOT_REHEARSED, OURS, LeftOut, Plan, Settings, refusal
+from benchmarks.case import Case, Cost
+from benchmarks.sweep.contest import Function, Rivals, contest
+from benchmarks.sweep.errors import worst_error
+from benchmarks.sweep.plan import LeftOut, Plan, Settings
 
-__all__ = ["EAGER", "Function", "Inputs", "Op", "Pass", "Step", "op_plans"]
-
-EAGER = "eager"
+__all__ = ["Inputs", "Op", "Pass", "Step", "op_plans"]
 
 Pass: TypeAlias = Literal["forward", "backward"]
 _PASSES: tuple[Pass, ...] = ("forward", "backward")
-
-# Tensors that ask for gradients, in their order, to one tensor or several.
-Function: TypeAlias = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -36,22 +29,16 @@ class Op:
     Args:
         name: of its cases, around the pass: "norm" and "rms_d2048" give norm_forward_rms_d2048.
         title: what it is and how large, for people.
-        definition: eager; differentiable in any precision.
-        ours: the same on our kernels.
-        draw: tensors that it is a function of, then the gradients of its outputs; in the settings' dtype.
+        rivals: functions of `draw`'s tensors; the definition is differentiable in any precision.
+        draw: tensors that ask for gradients, then the gradients of the outputs; in the settings' dtype.
         cost: of each pass.
-        others: further contestants.
-        absent: contestants that are not here, and why.
     """
 
     name: tuple[str, str]
     title: str
-    definition: Function
-    ours: Function
+    rivals: Rivals
     draw: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
     cost: Mapping[Pass, Cost]
-    others: Mapping[str, Function] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
 
 
 class Inputs:
@@ -104,44 +91,9 @@ def op_plans(settings: Settings, op: Op) -> Iterator[Plan]:
 
 
 def _make(name: str, settings: Settings, op: Op, way: Pass) -> tuple[Case, list[LeftOut]]:
-    inputs = Inputs(op.definition, *op.draw())
-    reasons = dict(op.absent)
-    entrants: dict[str, Function] = {**op.others, OURS: op.ours}
-    if settings.kind == "cuda":
-        entrants = {COMPILE: compiled(op.definition), **entrants}
-    else:
-        reasons[COMPILE] = NOT_REHEARSED
-    setups: dict[str, Setup] = {EAGER: partial(Step, inputs, op.definition, way)}
-    for label, function in entrants.items():
-        setup = partial(Step, inputs, function, way)
-        if reason := refusal(lambda setup=setup: setup()(), settings.kind):  # type: ignore[misc]
-            reasons[label] = reason
-        else:
-            setups[label] = setup
-    left_out = [LeftOut(name, label, reason) for label, reason in reasons.items()]
-    return _case(name, settings, op, way, setups), left_out
-
-
-def _case(name: str, settings: Settings, op: Op, way: Pass, setups: dict[str, Setup]) -> Case:
-    cost = op.cost[way]
-    if cost.flops:
-        rate = Timed("throughput", "TFLOP/s", "higher", lambda seconds: cost.flops / seconds / 1e12)
-    else:
-        rate = Timed("bandwidth", "GB/s", "higher", lambda seconds: cost.bytes / seconds / 1e9)
-    return Case(
-        name=name,
-        title=f"{op.title}, {way}, {settings.dtype_name}",
-        baseline=EAGER,
-        contestants=setups,
-        gates=(TWICE_THE_BASELINE,),
-        metrics=(
-            Timed("call_ms"),
-            rate,
-            Counted("peak_bytes", "bytes", lambda step: peak_bytes(step, settings.device)),
-        ),
-        cost=cost,
-        device=settings.kind,
-        rounds=settings.rounds,
-        warmup=settings.warmup,
-        cold=True,
-    )
+    rivals = op.rivals
+    inputs = Inputs(rivals.definition, *op.draw())
+    works = {
+        label: partial(Step, inputs, function, way) for label, function in rivals.entrants(settings).items()
+    }
+    return contest(name, f"{op.title}, {way}", settings, works, rivals.missing(settings), op.cost[way])

@@ -22,7 +22,7 @@ def table(sweep: Sweep) -> str:
     """A line a case: our time, what it makes of the device, and how many times longer the others take.
 
     A ratio is the median over rounds of their time by ours, inside a round. A contestant behind a red gate
-    has "red" in its place.
+    has "red" in its place. Where peak memory was measured, ours stands there too, and theirs by ours.
     """
     lines = []
     for result in sweep.results:
@@ -57,6 +57,8 @@ def _ours(result: Result) -> str:
     else:
         bytes_per_s = floor.bytes / seconds
         words.append(f"{bytes_per_s / 1e12:7.2f} TB/s    {bytes_per_s / floor.bytes_per_s:4.0%}")
+    if (peak := _peak_bytes(result, OURS)) is not None:
+        words.append(f"{peak / 2**30:6.2f} GiB")
     return " ".join(words)
 
 
@@ -68,7 +70,14 @@ def _ratio(result: Result, name: str) -> str:
     if OURS not in result.contestants:
         return f"{time_ms(result, name).value:.3f} ms"
     pairs = zip(_samples(result, name), _samples(result, OURS), strict=True)
-    return f"×{median(theirs / ours for theirs, ours in pairs):.2f}"
+    ratio = f"×{median(theirs / ours for theirs, ours in pairs):.2f}"
+    theirs, ours = (_peak_bytes(result, x) for x in (name, OURS))
+    return f"{ratio}, memory ×{theirs / ours:.2f}" if theirs and ours else ratio
+
+
+def _peak_bytes(result: Result, name: str) -> float | None:
+    measured = result.contestants[name].get("peak_bytes")
+    return None if measured is None else measured.value
 
 
 def _samples(result: Result, name: str) -> Sequence[float]:

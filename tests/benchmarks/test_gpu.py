@@ -12,6 +12,7 @@ import pytest
 from benchmarks import gpu
 from benchmarks.gpu import Stage, run_stages, stages
 from benchmarks.sweep.run import read_sweep
+from benchmarks.sweep.table import sound
 from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.tiles import read_tables
 from tests.launch import ROOT, run_python
@@ -30,7 +31,12 @@ def test_the_rehearsal_goes_all_the_way_on_few_packages(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
     outcomes = json.loads((tmp_path / "gpu.json").read_text())
-    assert {o["name"]: o["exit_code"] for o in outcomes} == {"tests": 0, "attention": 0, "tune": 0}
+    assert {o["name"]: o["exit_code"] for o in outcomes} == {
+        "tests": 0,
+        "attention": 0,
+        "fused": 0,
+        "tune": 0,
+    }
     assert " passed, 1 skipped in" in done.stdout  # CUDA graphs alone
 
     sweep = read_sweep(tmp_path / "attention.json")
@@ -40,11 +46,17 @@ def test_the_rehearsal_goes_all_the_way_on_few_packages(
         assert result.passed, result.gates
     assert {one.contestant for one in sweep.left_out} >= {"SDPA cuDNN", "FlexAttention"}
 
+    sweep = read_sweep(tmp_path / "fused.json")
+    assert len(sweep.results) == 30
+    assert sound(sweep)
+    assert {one.contestant for one in sweep.left_out if one.case.startswith("norm")} >= {"torch.compile"}
+
     tables = read_tables(str(tmp_path / "tiles.json"))
     assert set(tables.tiles["attention"]) == {"forward", "backward_dq", "backward_dkdv", "backward_fused"}
     assert [(c.head_dim, c.sparse) for c in tables.choices["sm_80"]] == [(64, False), (64, True)]
     assert {p.name for p in tmp_path.iterdir()} == {
-        "gpu.json", "gpu.log", "attention.json", "attention.png", "tiles.json", "tune.json",
+        "gpu.json", "gpu.log", "attention.json", "attention.png", "fused.json", "fused.png",
+        "tiles.json", "tune.json",
     }  # fmt: skip
 
 
@@ -86,7 +98,7 @@ def test_tests_that_need_a_missing_package_are_skipped_by_name(
 def test_an_unknown_stage_is_refused() -> None:
     done = run_python("-m", "benchmarks.gpu", "--only", "paint", "--rehearse", check=False)
     assert done.returncode == 2
-    assert "--only = paint: must be one of tests, attention, tune" in done.stderr
+    assert "--only = paint: must be one of tests, attention, fused, tune" in done.stderr
 
 
 @pytest.mark.parametrize(("python", "installs"), [((), True), (("PYTHON=/opt/python3",), False)])

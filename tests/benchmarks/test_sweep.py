@@ -65,6 +65,15 @@ def test_work_without_flops_is_held_against_a_copy(result: Result) -> None:
     assert "2.000 ms 0.50 TB/s 5000% |" in " ".join(first.split())
 
 
+def test_peak_memory_stands_where_it_was_measured(result: Result) -> None:
+    runs = dict(swept(result).results[0].contestants)
+    for name, gib in (("dtrain", 2.0), ("SDPA flash", 3.0)):
+        peak = Measurement(gib * 2**30, gib * 2**30, gib * 2**30, "bytes", "lower", (gib * 2**30,))
+        runs[name] = {**runs[name], "peak_bytes": peak}
+    first = " ".join(table(swept(result, contestants=runs)).splitlines()[0].split())
+    assert "25000% 2.00 GiB | SDPA flash ×2.00, memory ×1.50 |" in first
+
+
 def test_only_our_own_red_gates_make_a_sweep_unsound(result: Result) -> None:
     good = swept(result)
     assert sound(good)
