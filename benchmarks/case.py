@@ -83,6 +83,8 @@ class Case:
     warmup: int = 2
     cold: bool = False
     """Time the device alone, from an empty cache, launches queued ahead: for work of a few kernels."""
+    queue_ms: float = 1.0
+    """How long the host takes at most to queue a cold call."""
 
     def __post_init__(self) -> None:
         if self.baseline not in self.contestants:

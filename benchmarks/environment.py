@@ -17,7 +17,7 @@ from benchmarks.result import Device
 
 ROOT = Path(__file__).parent.parent
 
-_SPIN_CYCLES = 2_000_000  # about 1 ms: as long as the host takes to queue a backward pass
+_CYCLES_PER_MS = 2_000_000  # of a GPU, roughly
 
 
 def describe_device(kind: Literal["cpu", "cuda"]) -> Device:
@@ -81,18 +81,19 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def seconds(call: Callable[[], object], kind: str, cold: bool = False) -> float:
+def seconds(call: Callable[[], object], kind: str, cold: bool = False, queue_ms: float = 1.0) -> float:
     """Time of one call: wall clock on the CPU, device events on CUDA, where launches return early.
 
     Args:
         cold: on CUDA, overwrite the cache first, and keep the device busy while the host queues the call, so
             that its launches cost nothing. For work of a few kernels.
+        queue_ms: how long it is kept busy: as long as the host takes at most; a backward pass by default.
     """
     if kind == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if cold:
             _cache_filler().zero_()
-            torch.cuda._sleep(_SPIN_CYCLES)
+            torch.cuda._sleep(int(queue_ms * _CYCLES_PER_MS))
         start.record()
         call()
         end.record()

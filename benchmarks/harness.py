@@ -97,7 +97,7 @@ def _time_interleaved(case: Case, works: Mapping[str, Work], rounds: int) -> dic
         for name in list(works)[:: -1 if index % 2 else 1]:
             if not case.cold:
                 gc.collect()  # here, so that it does not strike inside the timed call
-            taken = seconds(works[name], case.device, case.cold)
+            taken = seconds(works[name], case.device, case.cold, case.queue_ms)
             if index >= warmup:
                 times[name].append(taken)
         level = logging.DEBUG if case.cold else logging.INFO

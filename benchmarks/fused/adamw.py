@@ -154,4 +154,4 @@ def _make(
     }
     works: dict[str, Setup] = {label: partial(Update, shards, how) for label, how in optimizers.items()}
     title = f"{title}, {shards.numel / 1e6:.1f}M parameters in {len(shards.shapes)} tensors"
-    return contest(name, title, settings, works, {}, shards.cost(moments), (gate,))
+    return contest(name, title, settings, works, {}, shards.cost(moments), (gate,), queue_ms=10.0)

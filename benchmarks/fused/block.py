@@ -83,7 +83,7 @@ def _make(name: str, settings: Settings, size: Size, skip: bool) -> tuple[Case, 
     else:
         reasons = {**reasons, COMPILE: NOT_REHEARSED}
     title = f"Block{' with a skip' if skip else ''} both ways, {size.words}, {size.heads} heads, {best}"
-    return contest(name, title, settings, works, reasons, _cost(settings, size, skip))
+    return contest(name, title, settings, works, reasons, _cost(settings, size, skip), queue_ms=5.0)
 
 
 def _cost(settings: Settings, size: Size, skip: bool) -> Cost:

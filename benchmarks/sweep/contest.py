@@ -54,6 +54,7 @@ def contest(
     gates: tuple[Gate, ...] = (TWICE_THE_BASELINE,),
     metrics: tuple[Timed, ...] = (),
     cold: bool = True,
+    queue_ms: float = 1.0,
 ) -> tuple[Case, list[LeftOut]]:
     """The case of all who can do the work once; the others are left out by what they say.
 
@@ -62,7 +63,7 @@ def contest(
         missing: who is known not to be here, and why.
         cost: with FLOPs, peak memory is measured; without, the work is held against a copy.
         metrics: besides time and rate.
-        cold: see `Case`.
+        cold, queue_ms: see `Case`.
     """
     reasons = dict(missing)
     serving: dict[str, Setup] = {}
@@ -84,6 +85,7 @@ def contest(
         rounds=settings.rounds,
         warmup=settings.warmup,
         cold=cold,
+        queue_ms=queue_ms,
     )
     return case, [LeftOut(name, label, reason) for label, reason in reasons.items()]
 

@@ -75,6 +75,9 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def _measure(plan: Plan, rates: tuple[float, float] | None) -> tuple[list[Result], list[LeftOut]]:
+    gc.collect()  # what the case before has left
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     begin = time.perf_counter()
     try:
         case, missing = plan.make()
@@ -82,10 +85,6 @@ def _measure(plan: Plan, rates: tuple[float, float] | None) -> tuple[list[Result
     except Exception as error:  # out of memory, a compiler's fault: the other sizes are measured all the same
         log.exception("%s failed", plan.name)
         return [], [LeftOut(plan.name, "", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")]
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
     log.info("%s: %.1f s", plan.name, time.perf_counter() - begin)
     for one in missing:
         log.info("%s: %s left out: %s", plan.name, one.contestant, one.reason)
