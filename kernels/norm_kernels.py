@@ -1,0 +1,571 @@
+"""The kernels of residual sum, gate, norm and modulation: one pass over memory each way.
+
+    s = x + gate ∘ branch      n = (s - mean)·r, or s·r with "rms"      y = (n ∘ w + b) ∘ (1 + scale) + shift
+
+    g = dy ∘ (1 + scale)       dn = g ∘ w       ds = grad_s + r·(dn - mean(dn) - n·mean(dn ∘ n))
+    dx = ds                    dbranch = gate ∘ ds                       dgate = Σ ds ∘ branch
+    dw = Σ g ∘ n               db = Σ g         dscale = Σ dy ∘ (n ∘ w + b)       dshift = Σ dy
+
+in fp32 with one rounding for each output; "rms" has no mean(dn). dw and db are sums over all rows, dscale,
+dshift and dgate over the rows of a sample. All rows of a program are of one sample, so all five follow from
+three sums of a program: Σ dy ∘ n, Σ dy and Σ ds ∘ branch. A second kernel adds up what the programs leave, in
+an order that the shapes alone decide: a run repeats bit by bit, on any number of SMs.
+
+The forward leaves mean and r, 8 bytes a row: formed again, they would cost the backward two reductions, one
+after the other, before the one that it needs.
+
+A row is held as a main part, a power of two, and a tail: 1152 = 1024 + 128. Strides count UNIT elements, 8
+where they allow it: Triton then knows that rows start at 16 bytes. A program keeps w ∘ (1 + scale) and
+b ∘ (1 + scale) + shift in registers while it walks its rows, the next of which are copied to shared memory.
+
+Shapes: B samples, N rows of each, D width, R rows at a time, W width of a part of a row.
+In a kernel: i_ index, o_ offsets, m_ mask, p_ pointer; _t the tail.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtrain.kernels.attention_launch import readable
+from dtrain.kernels.launch import SHARED_BYTES, AotCase, arch_of, can_launch, known_arch, tl, triton
+from dtrain.kernels.norm_reference import Norm
+
+__all__ = ["aot_cases", "backward", "forward", "refusal"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_WIDEST = 8192
+
+
+@triton.jit
+def _place(N, rows):
+    """Sample of this program, its first row and the end of its rows."""
+    blocks = tl.cdiv(N, rows)
+    first = tl.program_id(0) % blocks * rows
+    return (tl.program_id(0) // blocks).to(tl.int64), first, tl.minimum(first + rows, N)
+
+
+@triton.jit
+def _vector(
+    p, i_b, stride, DEFAULT: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Vector of a sample in fp32 as (1, MAIN) and (1, TAIL); where there is none, DEFAULT as (1, 1)."""
+    main = tl.full([1, 1], DEFAULT, tl.float32)
+    tail = main
+    if p is not None:
+        p += i_b * stride * UNIT
+        main = tl.load(p + tl.arange(0, MAIN)[None, :]).to(tl.float32)
+        if TAIL > 0:
+            o_tail = MAIN + tl.arange(0, TAIL)[None, :]
+            tail = tl.load(p + o_tail, mask=o_tail < D, other=0.0).to(tl.float32)
+    return main, tail
+
+
+@triton.jit
+def _scaled(
+    p, DEFAULT: tl.constexpr, SCALE, i_b, stride_scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """A vector of all samples, or DEFAULT, times 1 + scale."""
+    w, w_t = _vector(p, 0, 0, DEFAULT, D, MAIN, TAIL, UNIT)
+    scale, scale_t = _vector(SCALE, i_b, stride_scale, 0.0, D, MAIN, TAIL, UNIT)
+    return w * (1 + scale), w_t * (1 + scale_t)
+
+
+@triton.jit
+def _load(
+    p, i_b, o_n, m_n, stride_b, stride_n,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Rows of a sample in fp32 as (R, MAIN) and (R, TAIL), zero beyond; without tail, main twice."""
+    p_row = p + ((i_b * stride_b + o_n.to(tl.int64) * stride_n) * UNIT)[:, None]
+    main = tl.load(p_row + tl.arange(0, MAIN)[None, :], mask=m_n[:, None], other=0.0).to(tl.float32)
+    tail = main
+    if TAIL > 0:
+        o_tail = MAIN + tl.arange(0, TAIL)[None, :]
+        tail = tl.load(p_row + o_tail, mask=m_n[:, None] & (o_tail < D), other=0.0).to(tl.float32)
+    return main, tail
+
+
+@triton.jit
+def _store(p, o_row, m_n, main, tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """Rows `o_row` of a contiguous (B·N, D)."""
+    p_row = p + (o_row * D)[:, None]
+    tl.store(p_row + tl.arange(0, MAIN)[None, :], main.to(p.dtype.element_ty), mask=m_n[:, None])
+    if TAIL > 0:
+        o_tail = MAIN + tl.arange(0, TAIL)[None, :]
+        tl.store(p_row + o_tail, tail.to(p.dtype.element_ty), mask=m_n[:, None] & (o_tail < D))
+
+
+@triton.jit
+def _mean(main, tail, D: tl.constexpr, TAIL: tl.constexpr):
+    """(R,) means over rows that are zero beyond their end."""
+    total = tl.sum(main, 1)
+    if TAIL > 0:
+        total += tl.sum(tail, 1)
+    return total / D
+
+
+@triton.jit
+def _normalised(s, s_t, eps, RMS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """n in two parts, mean and r (R,)."""
+    mean = tl.zeros([s.shape[0]], tl.float32)
+    if not RMS:
+        mean = _mean(s, s_t, D, TAIL)
+        s -= mean[:, None]
+        if TAIL > 0:
+            o_tail = MAIN + tl.arange(0, TAIL)[None, :]
+            s_t = tl.where(o_tail < D, s_t - mean[:, None], 0.0)
+    r = tl.rsqrt(_mean(s * s, s_t * s_t, D, TAIL) + eps)
+    return s * r[:, None], s_t * r[:, None], mean, r
+
+
+@triton.jit
+def _joined(main, tail):
+    """Sums over the rows of a group, (1, W) each."""
+    return tl.sum(main, 0)[None, :], tl.sum(tail, 0)[None, :]
+
+
+_FORWARD_SIZES = (
+    "stride_xb",
+    "stride_xn",
+    "stride_bb",
+    "stride_bn",
+    "stride_gate",
+    "stride_scale",
+    "stride_shift",
+)
+
+
+@triton.jit(do_not_specialize=[*_FORWARD_SIZES, "N", "rows"])
+def _forward_kernel(
+    X, BRANCH, GATE, WEIGHT, BIAS, SCALE, SHIFT, S, Y, MEAN, R,
+    stride_xb, stride_xn, stride_bb, stride_bn, stride_gate, stride_scale, stride_shift, N, rows, eps,
+    RMS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Without BRANCH there is no S; without Y there is no norm."""
+    i_b, first, end = _place(N, rows)
+    gate, gate_t = _vector(GATE, i_b, stride_gate, 1.0, D, MAIN, TAIL, UNIT)
+    if Y is not None:
+        w, w_t = _scaled(WEIGHT, 1.0, SCALE, i_b, stride_scale, D, MAIN, TAIL, UNIT)
+        b, b_t = _vector(SHIFT, i_b, stride_shift, 0.0, D, MAIN, TAIL, UNIT)
+        if BIAS is not None:
+            scaled, scaled_t = _scaled(BIAS, 0.0, SCALE, i_b, stride_scale, D, MAIN, TAIL, UNIT)
+            b += scaled
+            b_t += scaled_t
+    for start in tl.range(first, end, ROWS, num_stages=STAGES):
+        o_n = start + tl.arange(0, ROWS)
+        m_n = o_n < end
+        o_row = i_b * N + o_n
+        s, s_t = _load(X, i_b, o_n, m_n, stride_xb, stride_xn, D, MAIN, TAIL, UNIT)
+        if BRANCH is not None:
+            a, a_t = _load(BRANCH, i_b, o_n, m_n, stride_bb, stride_bn, D, MAIN, TAIL, UNIT)
+            s += gate * a
+            s_t += gate_t * a_t
+            _store(S, o_row, m_n, s, s_t, D, MAIN, TAIL)
+        if Y is not None:
+            n, n_t, mean, r = _normalised(s, s_t, eps, RMS, D, MAIN, TAIL)
+            _store(Y, o_row, m_n, n * w + b, n_t * w_t + b_t, D, MAIN, TAIL)
+            tl.store(R + o_row, r, mask=m_n)
+            if not RMS:
+                tl.store(MEAN + o_row, mean, mask=m_n)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """(R, MAIN) and (R, TAIL) in fp32; without tail, main twice."""
+    main = tl.zeros([ROWS, MAIN], tl.float32)
+    tail = main
+    if TAIL > 0:
+        tail = tl.zeros([ROWS, TAIL], tl.float32)
+    return main, tail
+
+
+@triton.jit
+def _store_sum(p, main, tail, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """What this program adds, (1, W) in two parts, as its row of (programs, D)."""
+    p += tl.program_id(0).to(tl.int64) * D
+    tl.store(p + tl.arange(0, MAIN)[None, :], main)
+    if TAIL > 0:
+        o_tail = MAIN + tl.arange(0, TAIL)[None, :]
+        tl.store(p + o_tail, tail, mask=o_tail < D)
+
+
+_BACKWARD_SIZES = (
+    "stride_hb", "stride_hn", "stride_gb", "stride_gn", "stride_sb", "stride_sn", "stride_bb", "stride_bn",
+    "stride_gate", "stride_scale",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*_BACKWARD_SIZES, "N", "rows"])
+def _backward_kernel(
+    GS, GY, S, MEAN, R, BRANCH, GATE, WEIGHT, BIAS, SCALE,
+    DX, DBRANCH, DWEIGHT, DBIAS, DSCALE, DSHIFT, DGATE,
+    stride_hb, stride_hn, stride_gb, stride_gn, stride_sb, stride_sn, stride_bb, stride_bn,
+    stride_gate, stride_scale, N, rows,
+    RMS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """DWEIGHT to DGATE (programs, D) fp32 take this program's sums. Without GY, s was not normed."""
+    i_b, first, end = _place(N, rows)
+    gate, gate_t = _vector(GATE, i_b, stride_gate, 1.0, D, MAIN, TAIL, UNIT)
+    w, w_t = _scaled(WEIGHT, 1.0, SCALE, i_b, stride_scale, D, MAIN, TAIL, UNIT)
+    # Sums stay apart by the row of a group and are joined once: in the loop they meet no barrier.
+    sum_dy, sum_dy_t = _zeros(ROWS, MAIN, TAIL)
+    sum_dyn, sum_dyn_t = _zeros(ROWS, MAIN, TAIL)
+    sum_dsa, sum_dsa_t = _zeros(ROWS, MAIN, TAIL)
+    for start in tl.range(first, end, ROWS, num_stages=STAGES):
+        o_n = start + tl.arange(0, ROWS)
+        m_n = o_n < end
+        o_row = i_b * N + o_n
+        # All loads come before the first store, beyond which the compiler may not move them.
+        if BRANCH is not None:
+            a, a_t = _load(BRANCH, i_b, o_n, m_n, stride_bb, stride_bn, D, MAIN, TAIL, UNIT)
+        ds, ds_t = _zeros(1, 1, 1)
+        if GS is not None:
+            ds, ds_t = _load(GS, i_b, o_n, m_n, stride_hb, stride_hn, D, MAIN, TAIL, UNIT)
+        if GY is not None:
+            dn, dn_t = _load(GY, i_b, o_n, m_n, stride_gb, stride_gn, D, MAIN, TAIL, UNIT)
+            n, n_t = _load(S, i_b, o_n, m_n, stride_sb, stride_sn, D, MAIN, TAIL, UNIT)
+            r = tl.load(R + o_row, mask=m_n, other=0.0)
+            if not RMS:
+                mean = tl.load(MEAN + o_row, mask=m_n, other=0.0)[:, None]
+                n -= mean
+                n_t -= mean
+            n *= r[:, None]
+            n_t *= r[:, None]
+            sum_dy += dn
+            sum_dy_t += dn_t
+            sum_dyn += dn * n
+            sum_dyn_t += dn_t * n_t
+            dn *= w
+            dn_t *= w_t
+            along = _mean(dn * n, dn_t * n_t, D, TAIL)
+            if not RMS:
+                mean = _mean(dn, dn_t, D, TAIL)[:, None]
+                dn -= mean
+                dn_t -= mean
+            ds += (dn - n * along[:, None]) * r[:, None]
+            ds_t += (dn_t - n_t * along[:, None]) * r[:, None]
+        if DX is not None:
+            _store(DX, o_row, m_n, ds, ds_t, D, MAIN, TAIL)
+        if DBRANCH is not None:
+            _store(DBRANCH, o_row, m_n, gate * ds, gate_t * ds_t, D, MAIN, TAIL)
+        if DGATE is not None:
+            sum_dsa += ds * a
+            sum_dsa_t += ds_t * a_t
+    if DGATE is not None:
+        dsa, dsa_t = _joined(sum_dsa, sum_dsa_t)
+        _store_sum(DGATE, dsa, dsa_t, D, MAIN, TAIL)
+    dy, dy_t = _joined(sum_dy, sum_dy_t)
+    dyn, dyn_t = _joined(sum_dyn, sum_dyn_t)
+    gain, gain_t = _scaled(None, 1.0, SCALE, i_b, stride_scale, D, MAIN, TAIL, UNIT)
+    if DWEIGHT is not None:
+        _store_sum(DWEIGHT, dyn * gain, dyn_t * gain_t, D, MAIN, TAIL)
+    if DBIAS is not None:
+        _store_sum(DBIAS, dy * gain, dy_t * gain_t, D, MAIN, TAIL)
+    if DSCALE is not None:
+        w, w_t = _vector(WEIGHT, 0, 0, 1.0, D, MAIN, TAIL, UNIT)
+        b, b_t = _vector(BIAS, 0, 0, 0.0, D, MAIN, TAIL, UNIT)
+        _store_sum(DSCALE, dyn * w + dy * b, dyn_t * w_t + dy_t * b_t, D, MAIN, TAIL)
+    if DSHIFT is not None:
+        _store_sum(DSHIFT, dy, dy_t, D, MAIN, TAIL)
+
+
+@triton.jit
+def _sum(p, OUT, n, D: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some columns of one row of OUT (rows, D), from (rows, n, D)."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_d = o_d < D
+    p += i_row * n * D + o_d[None, :]
+    total = tl.zeros([AT_ONCE, COLUMNS], tl.float32)
+    for start in range(0, n, AT_ONCE):
+        o_n = start + tl.arange(0, AT_ONCE)
+        mask = (o_n < n)[:, None] & m_d[None, :]
+        total += tl.load(p + o_n.to(tl.int64)[:, None] * D, mask=mask, other=0.0)
+    tl.store(OUT + i_row * D + o_d, tl.sum(total, 0).to(OUT.dtype.element_ty), mask=m_d)
+
+
+@triton.jit(do_not_specialize=["n", "programs"])
+def _sum_kernel(
+    SUMS, A, B, C, n, programs, D: tl.constexpr, AT_ONCE: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """A, B and C (rows, D) from SUMS (up to 3, programs, D), n programs a row; one for each z of the grid."""
+    i_sum = tl.program_id(2)
+    p = SUMS + i_sum.to(tl.int64) * programs * D
+    if i_sum == 0:
+        _sum(p, A, n, D, AT_ONCE, COLUMNS)
+    elif i_sum == 1:
+        _sum(p, B, n, D, AT_ONCE, COLUMNS)
+    else:
+        _sum(p, C, n, D, AT_ONCE, COLUMNS)
+
+
+# Not timed. To hide 0.8 µs of latency at 3.35 TB/s, each of an H100's 132 SMs needs 20 KB in flight. Copies
+# run two rows ahead: 12 KB a program of the backward at D = 1024 in bf16, of which 4 or 5 share an SM.
+_ELEMENTS, _STAGES = 8, 3
+_LEAST_WARPS, _MOST_WARPS = 2, 16
+# Sums cost 16 bytes a column and program, rows 8 bytes a column: a sixtieth at 128 rows. Fewer, where the
+# SMs of a large GPU would have nothing to do; how many it has must not change a bit.
+_MOST_ROWS, _PROGRAMS = 128, 512
+_SUM = {"AT_ONCE": 128, "COLUMNS": 32}
+_SUM_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
+
+class _Launch(NamedTuple):
+    """Constants of the kernels, and how they are compiled."""
+
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def _launch(arch: str, width: int, unit: int, row_bytes: int) -> _Launch:
+    """By shapes and architecture alone.
+
+    Args:
+        row_bytes: what is read of a row, from all tensors together.
+    """
+    arch = known_arch(arch)
+    main = 1 << (width.bit_length() - 1)
+    tail = 1 << (width - main - 1).bit_length() if width > main else 0
+    if (
+        tail
+    ):  # copies ahead take 4 bytes at least: two numbers in 16 bits for each thread, a quarter of _ELEMENTS
+        tail = max(tail, main // 4)
+    lanes = 64 if arch.startswith("gfx") else 32
+    warps = min(max(main // (_ELEMENTS * lanes), _LEAST_WARPS), _MOST_WARPS)
+    rows = max(_ELEMENTS * lanes * warps // main, 1)
+    ahead = SHARED_BYTES[arch] // 2 // (rows * row_bytes)  # two programs should find room on an SM
+    return _Launch(
+        {
+            "D": width, "MAIN": main, "TAIL": tail, "UNIT": unit,
+            "ROWS": rows, "STAGES": min(1 + ahead, _STAGES),
+        },
+        {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True},
+    )  # fmt: skip
+
+
+def _rows_of_program(samples: int, rows: int, at_once: int) -> int:
+    """How many rows of a sample a program walks, `at_once` in each step: by the shapes alone."""
+    most = min(max(samples * rows // _PROGRAMS, at_once), _MOST_ROWS)
+    programs = -(-rows // most)
+    return -(-rows // (programs * at_once)) * at_once
+
+
+def refusal(device: torch.device, dtypes: Sequence[torch.dtype], width: int) -> str:
+    """Why the kernels cannot serve; empty where they can."""
+    if not can_launch(device):
+        return f"{device.type} tensors need a GPU and Triton, or TRITON_INTERPRET=1 in the environment"
+    for dtype in dtypes:
+        if dtype not in _DTYPES:
+            return f"{dtype} is none of float16, bfloat16 and float32"
+    if width > _WIDEST:
+        return f"width {width} is above {_WIDEST}"
+    return ""
+
+
+class _Call(NamedTuple):
+    """What a kernel is given.
+
+    Args:
+        rows: its tensors as (B, N, D); B is 1 where samples need not be told apart.
+        sizes: strides of B and N of these, and of B of the vectors; N; rows of a program.
+        samples, programs: B, and the programs of all samples together.
+    """
+
+    rows: list[Tensor | None]
+    sizes: list[int]
+    samples: int
+    programs: int
+    launch: _Launch
+
+
+def _call(tensors: Sequence[Tensor | None], vectors: Sequence[Tensor | None], apart: bool = False) -> _Call:
+    """Of tensors (B, ..., D) and vectors (B, D); `apart` tells samples apart without a vector."""
+    tensors = [None if x is None else readable(x) for x in tensors]
+    given = [x for x in tensors if x is not None]
+    width = given[0].shape[-1]
+    apart = apart or any(v is not None for v in vectors) or not all(_is_even(x) for x in given)
+    samples = given[0].shape[0] if apart else 1
+    n = given[0].numel() // (samples * width)
+    rows = [None if x is None else x.reshape(samples, n, width) for x in tensors]
+    strides = [_stride(x, dim) for x in rows for dim in (0, 1)] + [_stride(v, 0) for v in vectors]
+    unit = math.gcd(8, width, *strides)
+    row_bytes = width * sum(x.element_size() for x in given)
+    launch = _launch(arch_of(given[0].device), width, unit, row_bytes)
+    of_program = _rows_of_program(samples, n, launch.constants["ROWS"])
+    sizes = [s // unit for s in strides] + [n, of_program]
+    return _Call(rows, sizes, samples, samples * -(-n // of_program), launch)
+
+
+def _is_even(x: Tensor) -> bool:
+    """Whether one stride leads from row to row, so that x is (rows, D) without a copy."""
+    dims = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    return all(s == n_after * s_after for (_, s), (n_after, s_after) in itertools.pairwise(dims))
+
+
+def _stride(x: Tensor | None, dim: int) -> int:
+    """That of a dim of one is arbitrary, so 0 will do."""
+    return 0 if x is None or x.shape[dim] == 1 else x.stride(dim)
+
+
+def _readable(*vectors: Tensor | None) -> list[Tensor | None]:
+    return [None if v is None else readable(v) for v in vectors]
+
+
+def forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    how: Norm | None,
+    s: Tensor | None,
+    y: Tensor | None,
+    mean: Tensor | None,
+    r: Tensor | None,
+) -> None:
+    """Write s of x and a branch, and with `how` its y, mean and r.
+
+    Args:
+        x, branch: (B, ..., D), any strides.
+        gate: (B, D), like scale and shift with any stride of B.
+        s, y: contiguous, of x's shape; s is there with a branch, y with `how`.
+        mean, r: a number for each row, fp32, there with y; the mean for "layer" only.
+    """
+    weight, bias, scale, shift, kind, eps = how or Norm()
+    weight, bias, scale, shift, gate = _readable(weight, bias, scale, shift, gate)
+    call = _call((x, branch), (gate, scale, shift))
+    with torch.cuda.device_of(x):
+        _forward_kernel[(call.programs,)](
+            *call.rows, gate, weight, bias, scale, shift, s, y, mean, r, *call.sizes, eps,
+            RMS=kind == "rms", **call.launch.constants, **call.launch.options,
+        )  # fmt: skip
+
+
+def backward(
+    grad_s: Tensor | None,
+    grad_y: Tensor | None,
+    s: Tensor | None,
+    mean: Tensor | None,
+    r: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    how: Norm | None,
+    dx: Tensor | None,
+    dbranch: Tensor | None,
+) -> list[Tensor | None]:
+    """Write the gradients by x and branch; returns those by weight, bias, scale, shift and gate.
+
+    Args:
+        grad_s, grad_y: (B, ..., D), any strides; grad_y is there with s, mean, r and `how`.
+        s, mean, r: as `forward` left them; without a branch s is x, any strides.
+        branch: there with a gate, for whose gradient alone it is needed.
+        dx, dbranch: contiguous, of s's shape; None is not written.
+    """
+    weight, bias, scale, shift, kind, _ = how or Norm()
+    vectors = (weight, bias, scale, shift, gate)
+    weight, bias, scale, gate = _readable(weight, bias, scale, gate)
+    call = _call((grad_s, grad_y, s, branch), (gate, scale), apart=shift is not None)
+    width = call.launch.constants["D"]
+    like = next(x for x in call.rows if x is not None)
+    count = sum(v is not None for v in vectors)
+    sums = like.new_empty(count, call.programs, width, dtype=torch.float32)
+    slots = iter(sums)
+    with torch.cuda.device_of(like):
+        _backward_kernel[(call.programs,)](
+            *call.rows[:3], mean, r, call.rows[3], gate, weight, bias, scale, dx, dbranch,
+            *(None if v is None else next(slots) for v in vectors), *call.sizes,
+            RMS=kind == "rms", **call.launch.constants, **call.launch.options,
+        )  # fmt: skip
+        of_all = _totals(sums, vectors[:2], 1)
+        of_samples = _totals(
+            sums[len([v for v in vectors[:2] if v is not None]) :], vectors[2:], call.samples
+        )
+    return of_all + of_samples
+
+
+def _totals(sums: Tensor, vectors: Sequence[Tensor | None], rows: int) -> list[Tensor | None]:
+    """Sums by program of those vectors that there are, in their order, added up to 1 or B rows of each."""
+    outputs = [
+        None if v is None else torch.empty_like(v, memory_format=torch.contiguous_format) for v in vectors
+    ]
+    given = [x for x in outputs if x is not None]
+    if given:
+        _, programs, width = sums.shape
+        grid = (rows, -(-width // _SUM["COLUMNS"]), len(given))
+        padded = [*given, *given[:1] * (3 - len(given))]
+        _sum_kernel[grid](sums, *padded, programs // rows, programs, D=width, **_SUM, **_SUM_OPTIONS)
+    return outputs
+
+
+_FP32 = ("MEAN", "R", "SUMS", "DWEIGHT", "DBIAS", "DSCALE", "DSHIFT", "DGATE")
+_STREAM = ("X", "S", "GS", "DX", "WEIGHT", "BIAS")  # fp32 under autocast, where branches are bf16
+# What the forms leave out, forwards and backwards.
+_FORMS = {
+    "everything": ("", ""),
+    "norm": ("BRANCH GATE SCALE SHIFT S", "GS BRANCH GATE SCALE DBRANCH DSCALE DSHIFT DGATE"),
+    "add_norm": ("GATE SCALE SHIFT", "BRANCH GATE SCALE DBRANCH DSCALE DSHIFT DGATE"),
+    "modulated": ("WEIGHT BIAS", "WEIGHT BIAS DWEIGHT DBIAS"),
+    "gated_add": (
+        "WEIGHT BIAS SCALE SHIFT Y MEAN R",
+        "GY S MEAN R WEIGHT BIAS SCALE DX DWEIGHT DBIAS DSCALE DSHIFT",
+    ),
+}
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """The forms that models use at their widths, in bf16; and with x in fp32, as under autocast."""
+    for arch in SHARED_BYTES:
+        for width in (768, 1024, 1152, 1536, 2048, 3072):
+            yield from _cases(arch, width, "add_norm")
+        for form in ("everything", "modulated"):
+            yield from _cases(arch, 1152, form)
+        yield from _cases(arch, 3072, "everything")
+        yield from _cases(arch, 1024, "norm", rms=True)
+        yield from _cases(arch, 1024, "gated_add")
+        yield from _cases(arch, 1152, "everything", stream="*fp32")
+        constants = {"D": 1024, **_SUM}
+        yield _case("norm.sums", _sum_kernel, arch, constants, _SUM_OPTIONS, "*bf16")
+
+
+def _cases(arch: str, width: int, form: str, rms: bool = False, stream: str = "*bf16") -> Iterator[AotCase]:
+    name = f"{form} D={width}" + " rms" * rms + " fp32 and bf16" * (stream == "*fp32")
+    for i, (way, kernel) in enumerate((("forward", _forward_kernel), ("backward", _backward_kernel))):
+        absent = dict.fromkeys(_FORMS[form][i].split())
+        read = [x for x in ("X", "GS", "GY", "S", "BRANCH")[i:] if x in kernel.arg_names and x not in absent]
+        constants, options = _launch(
+            arch, width, 8, width * sum(4 if _type(x, stream) == "*fp32" else 2 for x in read)
+        )
+        given = constants | absent | {"RMS": rms} | ({"MEAN": None} if rms else {})
+        yield _case(f"norm.{way} {name}", kernel, arch, given, options, stream)
+
+
+def _case(
+    name: str, kernel: Any, arch: str, constants: dict[str, Any], options: dict[str, Any], stream: str
+) -> AotCase:
+    signature = {x: _type(x, stream) for x in kernel.arg_names if x not in constants}
+    return AotCase(
+        name=name,
+        kernel=kernel,
+        arch=arch,
+        signature=signature,
+        constexprs=constants,
+        divisible=tuple(x for x, kind in signature.items() if kind.startswith("*")),
+        options=options,
+        tensor_cores=False,
+    )
+
+
+def _type(argument: str, stream: str) -> str:
+    if argument == "eps":
+        return "fp32"
+    if argument == "N" or argument.islower():  # strides and counts
+        return "i32"
+    return "*fp32" if argument in _FP32 else stream if argument in _STREAM else "*bf16"
