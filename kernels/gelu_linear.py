@@ -41,7 +41,7 @@ from dtrain.kernels.op import Operator
 
 __all__ = [
     "Approximate", "Backend", "gelu_linear", "forward_bytes", "backward_bytes",
-    "Gelu", "Needs", "Path", "serving",
+    "Gelu", "Needs", "Path", "gelu_linear_op", "serving",
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -118,11 +118,13 @@ class Gelu(NamedTuple):
         total: Tensor | None, spend: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         pre = pre.contiguous()
-        if not needs.act:
-            return None, None, add_product(total, grad.t(), self.forward(pre, bias, spend))
-        grad_pre = grad @ weight
-        act = None if not needs.weight else pre if spend else torch.empty_like(pre)
-        grad_bias = kernels.backward(grad_pre, pre, bias, self.approximate, act, needs.bias)
+        act = grad_pre = grad_bias = None
+        if needs.act:
+            grad_pre = grad @ weight
+            act = None if not needs.weight else pre if spend else torch.empty_like(pre)
+            grad_bias = kernels.backward(grad_pre, pre, bias, self.approximate, act, needs.bias)
+        elif needs.weight:
+            act = self.forward(pre, bias, spend)
         return grad_pre, grad_bias, None if act is None else add_product(total, grad.t(), act)
 
     def _passes(
@@ -194,7 +196,7 @@ _backward = Operator(
     fake=lambda grad, *args: empty_grads(args[:4], args[-1]),
     flops=_backward_flops,
 )
-_forward = Operator(
+gelu_linear_op = Operator(
     f"dtrain::gelu_linear({_INPUTS}) -> Tensor",
     cpu=_forward_op,
     cuda=_forward_op,
@@ -238,7 +240,7 @@ def gelu_linear(
     path = serving(backend, approximate, pre.device, pre.dtype)
     if path == "reference":
         return reference.gelu_linear(pre, bias, weight, out_bias, approximate)
-    out: Tensor = _forward(pre, bias, weight, out_bias, approximate, path == "kernels")
+    out: Tensor = gelu_linear_op(pre, bias, weight, out_bias, approximate, path == "kernels")
     return out
 
 

@@ -6,7 +6,7 @@ ways, so that no copy of a parameter is kept for the backward pass.
 Shapes: R rows, W any width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,22 +42,28 @@ def compute_dtype(
     Raises:
         ValueError: dtypes differ outside autocast, biases aside, which may be wider.
     """
-    cast = [as_autocast(x) for x in activations.values()]
-    dtype, device = cast[0].dtype, cast[0].device
-    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    given = f"{next(iter(activations))} {dtype}"
+    cast = list(activations.values())
+    device = cast[0].device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast:
+        cast = [as_autocast(x) for x in cast]
+    dtype = cast[0].dtype
     for name, x in zip(activations, cast, strict=True):
         if x.dtype != dtype:
-            raise ValueError(f"{name} has dtype {x.dtype}, {given}: must be one")
+            raise _mixed(name, x, activations, dtype, "must be one")
     for name, weight in weights.items():
         if weight.dtype != dtype and not (autocast and torch.float64 not in (weight.dtype, dtype)):
-            raise ValueError(
-                f"{name} has dtype {weight.dtype}, {given}: must be one, or under torch.autocast"
-            )
+            raise _mixed(name, weight, activations, dtype, "must be one, or use torch.autocast")
     for name, bias in biases.items():
-        if bias is not None and not autocast and torch.promote_types(bias.dtype, dtype) != bias.dtype:
-            raise ValueError(f"{name} has dtype {bias.dtype}, {given}: must be that or wider")
+        if bias is None or bias.dtype == dtype or autocast:
+            continue
+        if torch.promote_types(bias.dtype, dtype) != bias.dtype:
+            raise _mixed(name, bias, activations, dtype, "must be that or wider")
     return cast
+
+
+def _mixed(name: str, x: Tensor, activations: Iterable[str], dtype: torch.dtype, rule: str) -> ValueError:
+    return ValueError(f"{name} has dtype {x.dtype}, {next(iter(activations))} {dtype}: {rule}")
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dtrain.kernels import mlp_reference as reference
 from dtrain.kernels.chunked_mlp import chunked_mlp, split_bias
-from dtrain.kernels.gelu_linear import Approximate, Backend, gelu_linear, serving
+from dtrain.kernels.gelu_linear import Approximate, Backend, gelu_linear_op, serving
 from dtrain.kernels.linear import check_layer, compute_dtype
 
 __all__ = ["mlp"]
@@ -64,8 +64,8 @@ def mlp(
         return reference.mlp(x, w1, b1, w2, b2, approximate)
     fused = path == "kernels"
     if chunks > 1:
-        out: Tensor = chunked_mlp(x, w1, b1, w2, b2, approximate, chunks, fused)
-        return out
+        pieces: Tensor = chunked_mlp(x, w1, b1, w2, b2, approximate, chunks, fused)
+        return pieces
     in_product, in_gelu = split_bias(w1, b1, fused)
-    pre = F.linear(x, w1, in_product)
-    return gelu_linear(pre, in_gelu, w2, b2, approximate=approximate, backend=backend)
+    out: Tensor = gelu_linear_op(F.linear(x, w1, in_product), in_gelu, w2, b2, approximate, fused)
+    return out

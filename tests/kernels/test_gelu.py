@@ -4,6 +4,7 @@ bf16 is left out of the interpreter, which multiplies its bit patterns.
 """
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from dtrain.kernels import gelu_linear as module
 from dtrain.kernels.gelu_linear import gelu_linear
 from dtrain.kernels.launch import HAS_TRITON, arch_of
 from tests.kernels.attention_checks import DEVICE, draw, needs_triton
+from tests.kernels.products import declared_flops, performed_flops
 from tests.launch import run_python
 
 OPS = torch.ops.dtrain
@@ -273,6 +275,15 @@ def test_only_what_is_asked_for(wanted: str, backend: str) -> None:
     assert alone.equal(every[f"grad_{wanted}"])
     products = {"pre": 2, "bias": 2, "weight": 2, "out_bias": 1}[wanted]
     assert counter.get_total_flops() == products * 2 * 38 * 40 * 12
+
+
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_triton), False])
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
+def test_declared_flops_are_those_of_the_products(needs: tuple[bool, ...], fused: bool) -> None:
+    how = (*draw_inputs(38, 40, 12).values(), "none", fused)
+    assert declared_flops(module.gelu_linear_op, *how) == performed_flops(module.gelu_linear_op, *how)
+    call = (module._backward, draw(38, 12, seed=7), *how, needs)
+    assert declared_flops(*call) == performed_flops(*call)
 
 
 def test_pytorchs_passes_are_pytorchs_bits() -> None:

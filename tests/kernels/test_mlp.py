@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import peak_bytes
-from dtrain.kernels import gelu_kernels
+from dtrain.kernels import chunked_mlp, gelu_kernels
 from dtrain.kernels.mlp import mlp
 from tests.kernels.attention_checks import DEVICE, draw
+from tests.kernels.products import declared_flops, performed_flops
 from tests.kernels.test_gelu import (
     APPROXIMATE,
     BACKENDS,
@@ -152,6 +154,16 @@ def test_in_pieces_only_what_is_asked_for_is_computed(
     assert counter.get_total_flops() == 2 * 37 * 40 * (first * 16 + second * 12)
 
 
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_triton), False])
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=5)))
+def test_declared_flops_are_those_of_the_products(needs: tuple[bool, ...], fused: bool) -> None:
+    how = (*draw_inputs().values(), "none", 3, fused)
+    operator, backward = chunked_mlp.chunked_mlp, chunked_mlp._backward
+    assert declared_flops(operator, *how) == performed_flops(operator, *how)
+    call = (backward, draw_grad(), *how, needs)
+    assert declared_flops(*call) == performed_flops(*call)
+
+
 @pytest.mark.parametrize(("chunks", "recomputed"), [(1, 0), (2, 1), (50, 1)])
 def test_flops_are_three_times_the_forward_and_the_recomputed_product(chunks: int, recomputed: int) -> None:
     inputs, grad = draw_inputs(), draw_grad()
@@ -284,6 +296,8 @@ def test_autocast_keeps_parameters_in_fp32(chunks: int) -> None:
     for name, x in ours.items():
         assert x.dtype == (torch.bfloat16 if name == "out" else torch.float32)
         assert (x.double() - exact[name]).norm() < 1e-2 * exact[name].norm(), name
+    for name in ("grad_w1", "grad_w2"):  # in pieces their sum has more digits than bf16
+        assert ours[name].bfloat16().equal(ours[name]) == (chunks == 1)
 
 
 def test_sums_over_pieces_cost_the_rounding_that_is_said() -> None:

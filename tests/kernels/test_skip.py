@@ -1,5 +1,6 @@
 """The linear layer that joins a block's input with its long skip, as an operator."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import peak_bytes
 from dtrain.kernels import reference
+from dtrain.kernels import skip as module
 from dtrain.kernels.skip import skip_linear
 from tests.kernels.attention_checks import DEVICE, draw
+from tests.kernels.products import declared_flops, performed_flops
 
 OPS = torch.ops.dtrain
 NAMES = ("x", "skip", "weight", "bias")
@@ -85,15 +88,18 @@ def test_no_gradient_shares_memory_with_another() -> None:
     assert len({grad.data_ptr() for grad in grads}) == 4
 
 
-def test_the_peak_has_no_concatenation_and_no_hidden_copy() -> None:
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counts the CPU's allocations")
+@pytest.mark.parametrize("rows", [8, 256])
+def test_the_peak_has_no_concatenation_and_no_hidden_copy(rows: int) -> None:
     """Every byte is the output's or a gradient's: products write to halves of the weight's gradient."""
-    inputs = [x.cpu().requires_grad_() for x in draw_inputs(256, width=32, skip=48, out=40)]
-    grad = draw(256, 40).cpu()
-    out = torch.empty(256, 40)
-    expected = out.nbytes + sum(x.nbytes for x in inputs)
+    inputs = [x.requires_grad_() for x in draw_inputs(rows, width=64, skip=48, out=40)]
+    grad = draw(rows, 40)
+    with torch.no_grad():
+        assert peak_bytes(lambda: skip_linear(*inputs)) == grad.nbytes
+    expected = grad.nbytes + sum(x.nbytes for x in inputs)
     assert peak_bytes(lambda: torch.autograd.grad(skip_linear(*inputs), inputs, grad)) == expected
     plain = peak_bytes(lambda: torch.autograd.grad(concatenated(*inputs), inputs, grad))
-    assert plain >= expected + 4 * 256 * 80  # the concatenation
+    assert plain >= expected + 4 * rows * (64 + 48)  # the concatenation
 
 
 def test_it_keeps_its_inputs_and_nothing_else() -> None:
@@ -115,6 +121,14 @@ def test_only_what_is_asked_for_is_computed(wanted: str | tuple[str, ...], colum
         found = torch.autograd.grad(skip_linear(*inputs), leaves, grad)
     assert all(g.equal(every[name]) for name, g in zip(names, found, strict=True))
     assert counter.get_total_flops() == 2 * 37 * 20 * (32 + columns)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
+def test_declared_flops_are_those_of_the_products(needs: tuple[bool, ...]) -> None:
+    inputs = draw_inputs(37, skip=8)
+    assert declared_flops(module._forward, *inputs) == performed_flops(module._forward, *inputs)
+    call = (module._backward, draw(37, 20), *inputs, needs)
+    assert declared_flops(*call) == performed_flops(*call)
 
 
 def test_flops_are_those_of_the_concatenation() -> None:
@@ -162,6 +176,7 @@ def test_a_bias_may_be_wider() -> None:
     out, *grads = evaluate(skip_linear, [*inputs], grad)
     assert [out.dtype, *(g.dtype for g in grads)] == [torch.bfloat16] * 4 + [torch.float32]
     assert_exact([out, *grads], [*inputs], grad, bound=2**-7)
+    torch.testing.assert_close(grads[3], grad.float().sum(0), rtol=1e-5, atol=1e-5)  # never rounded to bf16
 
 
 @pytest.mark.parametrize(
