@@ -32,6 +32,7 @@ from dtrain.schema import child, choices, hints, nearest, words
 from dtrain.shard import ShardConfig
 from dtrain.step import TrainConfig
 from dtrain.swap.attention import AttentionConfig
+from dtrain.swap.fusion import FusionConfig
 from dtrain.tables import TableReader, did_you_mean
 from dtrain.toml import emit_table, emit_value, entries_of, parse_value
 
@@ -59,6 +60,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dtrain.adamw import Moments, has_codes
 from dtrain.blocks import find_blocks
 from dtrain.config import RunConfig, build_recipe, check_world
 from dtrain.flops import training_flops
+from dtrain.kernels.adamw import moments_bytes
 from dtrain.recipe import DataState, Recipe
 from dtrain.swap.attention import swap_attention
+from dtrain.swap.fusion import swap_fused
 
 _FP32_BYTES = 4
 
@@ -33,19 +36,26 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer + self.ema
 
 
-def state_bytes(model: nn.Module, shard: int, *, ema: bool) -> StateBytes:
+def state_bytes(model: nn.Module, shard: int, *, ema: bool, moments: Moments = "fp32") -> StateBytes:
     """Bytes of sharded parameters, gradients, AdamW moments and EMA on the first of `shard` ranks.
 
     Args:
         model: unsharded, may be on meta.
         shard: size of the mesh's shard axis.
         ema: whether averages are kept.
+        moments: how AdamW keeps its own.
     """
     local = {name: _rows(p, shard) * p.element_size() for name, p in model.named_parameters()}
     trained = {name: _rows(p, shard) for name, p in model.named_parameters() if p.requires_grad}
     gradients = sum(local[name] for name in trained)
     averages = sum(trained.values()) * _FP32_BYTES if ema else 0
-    return StateBytes(sum(local.values()), gradients, 2 * gradients, averages)
+    kept = sum(_moments(p, shard, moments) for p in model.parameters() if p.requires_grad)
+    return StateBytes(sum(local.values()), gradients, kept, averages)
+
+
+def _moments(parameter: nn.Parameter, shard: int, moments: Moments) -> int:
+    row = math.prod(parameter.shape[1:])
+    return moments_bytes(_rows(parameter, shard) // row, row, has_codes(parameter, moments))
 
 
 def _rows(parameter: nn.Parameter, shard: int) -> int:
@@ -74,13 +84,14 @@ def dry_run(config: RunConfig, world: int) -> list[tuple[str, str]]:
         model = recipe.build()
     blocks = find_blocks(model, recipe.blocks(model) if recipe.blocks else None)
     replicate, shard = config.mesh.sizes(world)
-    held = state_bytes(model, shard, ema=config.ema.enabled)
+    held = state_bytes(model, shard, ema=config.ema.enabled, moments=config.optim.moments)
     accumulation = config.train.accumulation(world)
     return [
         ("run folder", str(config.run_dir)),
         ("model", f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"),
         ("blocks", _block_names(model, blocks)),
         ("attention", _attention(model, config)),
+        ("norms and MLPs", _fusion(model, config)),
         ("mesh", f"{world} ranks = replicate {replicate} x shard {shard}"),
         (
             "batch",
@@ -107,6 +118,13 @@ def _attention(model: nn.Module, config: RunConfig) -> str:
     if not wanted.swap:
         return "the model's own"
     return f"{swap_attention(model, wanted.backend)} (backend {wanted.backend})"
+
+
+def _fusion(model: nn.Module, config: RunConfig) -> str:
+    wanted = config.fusion
+    if not wanted.swap:
+        return "the model's own"
+    return f"{swap_fused(model, wanted.backend)} (backend {wanted.backend})"
 
 
 def _block_names(model: nn.Module, blocks: list[nn.Module]) -> str:

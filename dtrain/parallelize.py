@@ -1,6 +1,6 @@
 """The one place where parallelism is applied to a model, in its one right order.
 
-attention -> activation policy -> compile blocks -> fully_shard bottom-up -> codecs
+attention -> norms and MLPs -> activation policy -> compile blocks -> fully_shard bottom-up -> codecs
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from dtrain.activations.policy import ActivationConfig, apply_activation_policy
 from dtrain.blocks import find_blocks
 from dtrain.shard import ShardConfig, shard
 from dtrain.swap.attention import AttentionConfig, swap_attention
+from dtrain.swap.fusion import FusionConfig, swap_fused
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class ParallelConfig:
     """All that `parallelize` applies; the tables of a run's config by the same names."""
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
@@ -64,6 +66,8 @@ def parallelize(
     blocks = find_blocks(model, blocks)
     if config.attention.swap:
         swap_attention(model, config.attention.backend)
+    if config.fusion.swap:
+        swap_fused(model, config.fusion.backend)
     apply_activation_policy(blocks, config.activations)
     compile_blocks(blocks, config.compile)
     shard(model, blocks, mesh, config.shard)

@@ -60,7 +60,9 @@ def materialise(recipe: Recipe, config: RunConfig, world: World, mesh: Any) -> n
     with torch.device("meta"):
         model = recipe.build()
     blocks = recipe.blocks(model) if recipe.blocks else None
-    parallel = ParallelConfig(config.attention, config.activations, config.compile, config.shard)
+    parallel = ParallelConfig(
+        config.attention, config.fusion, config.activations, config.compile, config.shard
+    )
     parallelize(model, mesh, parallel, blocks)
     model.to_empty(device=world.device)
     seed_everything(config.seed, "init")

@@ -17,6 +17,8 @@ from dtrain.kernels.attention import Backend
 from dtrain.kernels.attention_layer import qkv_attention
 from dtrain.kernels.block_mask import BlockMask
 from dtrain.kernels.mlp import mlp
+from dtrain.kernels.norm import Backend as FusedBackend
+from dtrain.kernels.norm import add_norm, norm
 from dtrain.kernels.qk_norm_rope import qk_norm_rope
 from dtrain.kernels.skip import skip_linear
 from uvit.embed import PLAIN, Layout, Rope
@@ -32,6 +34,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return reference.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, in one pass over memory each way, alone or with the residual sum before it.
+
+    `fused_backend` says who computes it, see `kernels.norm`. Under autocast the result is in fp32, like
+    PyTorch's, or with `before_product` in the dtype that the product behind it would cast to: a pass less.
+    """
+
+    def __init__(self, width: int, before_product: bool = True) -> None:
+        super().__init__(width)
+        self.fused_backend: FusedBackend = "auto"
+        self.before_product = before_product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm(x, self.weight, self.bias, **self._how(x))
+
+    def add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x + branch, and that normed."""
+        return add_norm(x, branch, self.weight, self.bias, **self._how(x))
+
+    def _how(self, x: Tensor) -> dict[str, Any]:
+        kind, dtype = x.device.type, None
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind) if self.before_product else torch.float32
+        return {"eps": self.eps, "dtype": dtype, "backend": self.fused_backend}
 
 
 class SkipLinear(nn.Linear):
@@ -83,19 +111,23 @@ class Mlp(nn.Module):
     """Linear, exact GELU, linear, see `kernels.mlp`.
 
     The layers' parameters are used, the layers are not called: hooks on `fc1` and `fc2` do not fire.
-    `chunks`, which is 1, may be set to compute the rows in as many pieces, which bounds the memory of the
-    hidden layer.
+    `fused_backend` says who computes it. `chunks`, which is 1, may be set to compute the rows in as many
+    pieces, which bounds the memory of the hidden layer.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.fused_backend: FusedBackend = "auto"
         self.chunks = 1
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.fc1, self.fc2
-        return mlp(x, first.weight, first.bias, second.weight, second.bias, chunks=self.chunks)
+        return mlp(
+            x, first.weight, first.bias, second.weight, second.bias,
+            chunks=self.chunks, backend=self.fused_backend,
+        )  # fmt: skip
 
 
 class Block(nn.Module):
@@ -111,9 +143,9 @@ class Block(nn.Module):
         skip: bool = False,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads, qkv_bias, qk_norm)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.skip_linear = SkipLinear(width) if skip else None
 
@@ -121,8 +153,8 @@ class Block(nn.Module):
         """(B, N, D) to (B, N, D); `skip` is ignored by a block without `skip_linear`."""
         if self.skip_linear is not None:
             x = self.skip_linear(x, skip)
-        x = x + self.attn(self.norm1(x), layout.rope, layout.mask)
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x, normed = self.norm2.add(x, self.attn(self.norm1(x), layout.rope, layout.mask))
+        out: Tensor = x + self.mlp(normed)
         return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from uvit.config import Grid, UViTConfig, patch_grid
 from uvit.embed import Layout, PatchEmbed, Rope, fit_positions, rope_table, timestep_embedding, unpatchify
-from uvit.layers import Block, RMSNorm, check_shapes, run_u, time_mlp
+from uvit.layers import Block, LayerNorm, RMSNorm, check_shapes, run_u, time_mlp
 from uvit.windows import windows_of
 
 Fill = Callable[[Tensor, torch.Generator], object]
@@ -40,7 +40,7 @@ class UViT(nn.Module):
         self.in_blocks = nn.ModuleList(self._block() for _ in range(config.depth // 2))
         self.mid_block = self._block()
         self.out_blocks = nn.ModuleList(self._block(config.long_skips) for _ in range(config.depth // 2))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.decoder_pred = nn.Linear(width, config.patch_dim)
         channels = config.in_channels
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1) if config.final_conv else nn.Identity()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from uvit.config import Grid, UniDiffuserConfig, patch_grid
 from uvit.embed import PLAIN, Layout, PatchEmbed, fit_positions, timestep_embedding, unpatchify
-from uvit.layers import Attention, Mlp, SkipLinear, check_shapes, run_u, time_mlp
+from uvit.layers import Attention, LayerNorm, Mlp, SkipLinear, check_shapes, run_u, time_mlp
 
 
 class PostNormBlock(nn.Module):
@@ -22,10 +22,10 @@ class PostNormBlock(nn.Module):
         self, width: int, heads: int, mlp_ratio: float = 4.0, qkv_bias: bool = False, skip: bool = False
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width) if skip else None
-        self.norm2 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width, before_product=False) if skip else None
+        self.norm2 = LayerNorm(width, before_product=False)
         self.attn = Attention(width, heads, qkv_bias)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width, before_product=False)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.skip_linear = SkipLinear(width) if skip else None
 
@@ -33,9 +33,9 @@ class PostNormBlock(nn.Module):
         """(B, N, D) to (B, N, D)."""
         if self.skip_linear is not None and self.norm1 is not None:
             x = self.norm1(self.skip_linear(x, skip))
-        x = self.norm2(x + self.attn(x, layout.rope, layout.mask))
-        out: Tensor = self.norm3(x + self.mlp(x))
-        return out
+        _, x = self.norm2.add(x, self.attn(x, layout.rope, layout.mask))
+        _, x = self.norm3.add(x, self.mlp(x))
+        return x
 
 
 class UniDiffuser(nn.Module):
@@ -59,7 +59,7 @@ class UniDiffuser(nn.Module):
         self.in_blocks = nn.ModuleList(self._block() for _ in range(config.depth // 2))
         self.mid_block = self._block()
         self.out_blocks = nn.ModuleList(self._block(skip=True) for _ in range(config.depth // 2))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.decoder_pred = nn.Linear(width, patch * patch * config.in_channels)
         self.token_embedding = nn.Embedding(2, width) if config.data_type_token else None
         self.pos_embed_token = nn.Parameter(torch.zeros(1, 1, width)) if config.data_type_token else None

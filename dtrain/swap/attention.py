@@ -14,10 +14,9 @@ dropout) stays what it was; that is said once, and listed too.
 
 import copy
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -26,7 +25,9 @@ from torch import nn
 from dtrain.kernels.attention import Backend
 from dtrain.swap import packed
 from dtrain.swap.calls import stand_in
+from dtrain.swap.forward import is_replaced, is_swapped, set_forward
 from dtrain.swap.rebind import calls_attention, with_attention
+from dtrain.swap.report import Swap
 
 log = logging.getLogger(__name__)
 
@@ -57,30 +58,7 @@ class AttentionConfig:
             )
 
 
-@dataclass
-class AttentionSwap:
-    """What `swap_attention` did, by layer; `kept` fills while the model runs."""
-
-    swapped: dict[str, str] = field(default_factory=dict)
-    """Layer -> what computed its attention: a processor, or a module's class."""
-    left: dict[str, str] = field(default_factory=dict)
-    """Layer that was not touched -> why."""
-    kept: dict[str, set[str]] = field(default_factory=dict)
-    """What computed the attention, as in `swapped` -> why some of its calls stay with PyTorch's attention."""
-
-    def __str__(self) -> str:
-        kinds = [f"{n} x {kind}" for kind, n in Counter(self.swapped.values()).items()]
-        parts = [f"swapped {', '.join(kinds) or 'nothing'}"]
-        for reason in dict.fromkeys(self.left.values()):
-            names = [name for name, why in self.left.items() if why == reason]
-            parts.append(f"left {len(names)} ({names[0]}{', …' if names[1:] else ''}): {reason}")
-        parts += [
-            f"{kind} keeps calls with {why}" for kind, whys in self.kept.items() for why in sorted(whys)
-        ]
-        return "; ".join(parts)
-
-
-def swap_attention(model: nn.Module, backend: Backend = "auto") -> AttentionSwap:
+def swap_attention(model: nn.Module, backend: Backend = "auto") -> Swap:
     """Let a model's attention layers call `kernels.attention.attention`. Works in place, also on meta.
 
     Apply before activation policy, compile and sharding. Names of parameters stay as they are, and a second
@@ -104,7 +82,7 @@ class _Swapper:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.done = AttentionSwap()
+        self.done = Swap()
         self.made: dict[tuple[type, Any], Any] = {}
 
     def visit(self, name: str, module: nn.Module) -> None:
@@ -122,22 +100,22 @@ class _Swapper:
             return cls.__name__, ""
         if _has_processor(module):
             return self._swap_processor(module)
-        if _is_swapped(vars(module).get("forward")):
+        if is_swapped(module):
             del module.forward
-        if "forward" in vars(module):
+        if is_replaced(module):
             return "", "its forward was replaced before: swap the attention first"
         if not (packed.is_packed(module) and not _is_fused(module)):
             return self._swap_forward(module)
         reason = packed.refusal(module)
         if not reason:
-            _set_forward(module, self._once(cls, packed.forward_of, cls))
+            set_forward(module, self._once(cls, packed.forward_of, cls))
         return cls.__name__, reason
 
     def _swap_forward(self, module: nn.Module) -> tuple[str, str]:
         cls = type(module)
         if not calls_attention(cls.forward):
             return "", f"{cls.__name__} does not call PyTorch's scaled_dot_product_attention"
-        _set_forward(module, self._once(cls, _redirected, cls.forward))
+        set_forward(module, self._once(cls, _redirected, cls.forward))
         return cls.__name__, ""
 
     def _swap_processor(self, module: Any) -> tuple[str, str]:
@@ -175,15 +153,6 @@ def _processor_class(cls: Any, backend: Backend, note: Callable[[str], None]) ->
     call = _redirected(cls.__call__, backend, note)
     members = {"__call__": call, "__module__": cls.__module__, "_swapped_from": cls}
     return type(cls.__name__, (cls,), members)
-
-
-def _set_forward(module: nn.Module, forward: Any) -> None:
-    forward.swapped = True
-    module.forward = MethodType(forward, module)
-
-
-def _is_swapped(forward: Any) -> bool:
-    return getattr(forward, "swapped", False) is True
 
 
 def _is_fused(module: nn.Module) -> bool:

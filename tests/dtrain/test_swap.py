@@ -16,10 +16,11 @@ from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.parallelize import ParallelConfig, parallelize
 from dtrain.swap import calls as swap_calls
 from dtrain.swap import packed
-from dtrain.swap.attention import AttentionConfig, AttentionSwap, swap_attention
+from dtrain.swap.attention import AttentionConfig, swap_attention
+from dtrain.swap.report import Swap
 from tests.dtrain import third_party as made
 from tests.dtrain.sharded_worker import tiny_dit
-from tests.dtrain.third_party import Fused, Packed, filled, loss
+from tests.dtrain.third_party import Fused, Packed, assert_same, filled, loss
 
 NO_PADDING = "a mask that is no key padding, or that cannot be read while compiling"
 
@@ -52,23 +53,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], ...]]:
     return seen
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model: nn.Module, other: nn.Module, inputs: dict) -> None:
-    """Losses and all gradients are equal; distances are measured against the whole gradient."""
-    losses = [loss(net, inputs) for net in (model, other)]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
-    sum(losses).backward()
-    wanted, found = gradients(model), gradients(other)
-    assert wanted.keys() == found.keys()
-    size = torch.nn.utils.get_total_norm(wanted.values())
-    assert size > 1e-2
-    worst = max(float((wanted[name] - found[name]).norm() / size) for name in wanted)
-    assert worst < 1e-6
-
-
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize(("make", "layers", "count", "kept"), MODELS, ids=NAMES)
 def test_loss_and_every_gradient_equal(
@@ -87,7 +71,7 @@ def test_loss_and_every_gradient_equal(
 def test_names_say_what_was_swapped() -> None:
     done = swap_attention(made.wan()[0])
     layers = [f"blocks.{i}.attn{j}" for i in (0, 1) for j in (1, 2)]
-    assert done == AttentionSwap(dict.fromkeys(layers, "WanAttnProcessor"))
+    assert done == Swap(dict.fromkeys(layers, "WanAttnProcessor"))
     assert str(done) == "swapped 4 x WanAttnProcessor"
 
 
@@ -367,7 +351,7 @@ def test_a_mask_under_compile_is_said(fresh_compiler: None) -> None:
 @pytest.mark.parametrize(("swap", "count"), [(True, 3), (False, 0)])
 def test_parallelize_swaps_first(single_process_group: None, calls: list, swap: bool, count: int) -> None:
     model, inputs = tiny_dit()
-    config = ParallelConfig(AttentionConfig(swap), ActivationConfig("full"))
+    config = ParallelConfig(AttentionConfig(swap), activations=ActivationConfig("full"))
     parallelize(model, build_mesh(MeshConfig(), 1, "cpu"), config)
     model(**inputs).sum()
     assert len(calls) == count

@@ -165,3 +165,20 @@ def loss(model: nn.Module, inputs: dict) -> Tensor:
     out = model(**inputs)
     out = out if isinstance(out, Tensor) else out.sample
     return F.mse_loss(out, torch.ones_like(out))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: nn.Module, other: nn.Module, inputs: dict) -> None:
+    """Losses and all gradients are equal; distances are measured against the whole gradient."""
+    losses = [loss(net, inputs) for net in (model, other)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    sum(losses).backward()
+    wanted, found = gradients(model), gradients(other)
+    assert wanted.keys() == found.keys()
+    size = torch.nn.utils.get_total_norm(wanted.values())
+    assert size > 1e-2
+    worst = max(float((wanted[name] - found[name]).norm() / size) for name in wanted)
+    assert worst < 1e-6
