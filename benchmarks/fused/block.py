@@ -19,6 +19,7 @@ from benchmarks.attention.exact import exact_attention
 from benchmarks.attention.problem import Attend, Shape
 from benchmarks.baselines import plain_uvit
 from benchmarks.case import Case, Cost, Setup
+from benchmarks.fused.kernels import on_kernels
 from benchmarks.fused.settings import Settings, Size
 from benchmarks.sweep.compiled import compiled_module
 from benchmarks.sweep.contest import EAGER, contest
@@ -47,8 +48,7 @@ class BlockProblem:
         module = kind(self.size.width, self.size.heads, skip=self.skip)
         module.load_state_dict(plain.state_dict())
         module.attn.attend = attend
-        out: nn.Module = module.to(self.settings.device, self.settings.dtype)
-        return out
+        return on_kernels(module.to(self.settings.device, self.settings.dtype), self.settings.device)
 
     def step(self, module: nn.Module, dtype: torch.dtype | None = None) -> ModuleStep:
         dtype = dtype or self.settings.dtype

@@ -72,7 +72,7 @@ def settings_for(kind: Kind, quick: bool) -> Settings:
             video=Size(1, 20, 96, 2),
             quick=quick,
             quantised=2**12 + 40,
-            model=replace(model, width=64, depth=2, heads=2, num_classes=11),
+            model=replace(model, input_size=(1, 8, 8), width=64, depth=2, heads=2, num_classes=11),
             shards=8,
             batch=2,
             gate_batch=1,

@@ -22,6 +22,7 @@ from benchmarks.attention.problem import Attend, Shape
 from benchmarks.baselines import plain_uvit
 from benchmarks.baselines.plain_uvit import PlainUViT
 from benchmarks.case import Case, Cost, Setup, Timed
+from benchmarks.fused.kernels import on_kernels
 from benchmarks.fused.settings import Settings
 from benchmarks.sweep.compiled import compiled_module
 from benchmarks.sweep.contest import EAGER, contest
@@ -87,7 +88,7 @@ class Training:
             name: p if p.dtype == dtype else p.detach().to(dtype) for name, p in self.parameters.items()
         }
         model.load_state_dict(weights, assign=True)
-        return model
+        return on_kernels(model, self.settings.device)
 
     def loss(self, model: nn.Module, dtype: torch.dtype, count: int) -> Tensor:
         """Of the first `count` samples."""

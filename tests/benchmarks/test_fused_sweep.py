@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines import plain_quantize, plain_uvit
 from benchmarks.case import Case
-from benchmarks.fused import adamw, block
+from benchmarks.fused import adamw, block, kernels
 from benchmarks.fused.adamw import Averaging, Shards, Update
 from benchmarks.fused.liger import with_liger
 from benchmarks.fused.mlp import gelu_routines, mlp_op, skip_op
@@ -185,6 +185,15 @@ def test_an_update_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         with monkeypatch.context() as patch:
             patch.setattr(adamw, name, value)
             assert adamw._TWICE.error(Update(shards, Averaging), base) > 2
+
+
+def test_ours_may_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "can_launch", lambda device: True)
+    problem = block.BlockProblem(FULL, FULL.images, skip=True)
+    module = problem.module(block.Block, F.scaled_dot_product_attention)
+    assert [x.fused_backend for x in (module.norm1, module.norm2, module.mlp)] == ["triton"] * 3
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        problem.step(module)()
 
 
 def test_a_block_that_is_wrong_is_noticed() -> None:
