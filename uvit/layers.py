@@ -57,7 +57,7 @@ class LayerNorm(nn.LayerNorm):
 
     def _how(self, x: Tensor) -> dict[str, Any]:
         kind, dtype = x.device.type, None
-        if torch.is_autocast_enabled(kind):
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind) if self.before_product else torch.float32
         return {"eps": self.eps, "dtype": dtype, "backend": self.fused_backend}
 

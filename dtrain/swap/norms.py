@@ -69,6 +69,6 @@ def _result(module: Any, x: Tensor) -> torch.dtype:
     """The dtype that the module itself gives."""
     if _is_diffusers_rms(module):
         return x.dtype if module.weight is None else module.weight.dtype
-    if type(module).__name__ != "FP32LayerNorm" and torch.is_autocast_enabled(x.device.type):
-        return torch.float32
-    return x.dtype
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.float32 if autocast and type(module).__name__ != "FP32LayerNorm" else x.dtype

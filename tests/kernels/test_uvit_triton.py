@@ -1,4 +1,4 @@
-"""U-ViTs learn the same by the Triton kernels and by PyTorch's attention: the demo's step, and windows."""
+"""U-ViTs learn the same by the Triton kernels and by PyTorch's operators: the demo's step, and windows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import uvit
 from dtrain.rng import SampleRNG
 from tests.kernels.attention_checks import DEVICE, draw, needs_triton
+from tests.kernels.test_swap_triton import Ops
 from uvit.layers import Attention
 
 pytestmark = needs_triton
@@ -28,17 +28,25 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor], backend: str) -> tuple[Tensor, list[Tensor]]:
-    """The loss and its gradients; by "triton" every layer runs the layer operator, by others none does."""
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    for module in layers:
-        module.attention_backend = backend
-    with FlopCounterMode(display=False) as counter:
+    """The loss and its gradients; by "triton" all runs as operators of ours, by others nothing does."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attention_backend = backend
+        elif hasattr(module, "fused_backend"):
+            module.fused_backend = "triton" if backend == "triton" else "reference"
+    with Ops() as ops:
         value = loss()
         found = torch.autograd.grad(value, list(model.parameters()))
-    # Two products of N·N·D forwards, five backwards: the operators' own count.
-    counts = counter.get_flop_counts()["Global"]
-    ops = torch.ops.dtrain.qkv_attention_forward, torch.ops.dtrain.qkv_attention_backward
-    assert [op in counts for op in ops] == [backend == "triton"] * 2
+    ours = {
+        "qkv_attention_forward": (blocks := len(model.in_blocks) + 1 + len(model.out_blocks)),
+        "qkv_attention_backward": blocks,
+        "norm": 2 * blocks + 1,
+        "norm_backward": 2 * blocks + 1,
+        "gelu_linear": blocks,
+        "gelu_linear_backward": blocks,
+    }
+    runs = backend == "triton"
+    assert {name: ops.count[f"dtrain::{name}"] for name in ours} == (ours if runs else dict.fromkeys(ours, 0))
     return value, list(found)
 
 
@@ -46,7 +54,7 @@ def test_the_demos_step_learns_the_same_on_both_paths() -> None:
     config_module = pytest.importorskip("dtrain.config", reason="reads the demo's config")
     recipe = config_module.build_recipe(config_module.load(DEMO))
     model = build(recipe.build)
-    batch = {"video": draw(1, 3, 8, 32, 48), "caption": ["a bouncing ball"], "class": [0], "index": [0]}
+    batch = {"video": draw(1, 3, 4, 16, 24), "caption": ["a bouncing ball"], "class": [0], "index": [0]}
 
     def loss() -> Tensor:
         return recipe.loss(model, batch, SampleRNG(0, [0], DEVICE))
