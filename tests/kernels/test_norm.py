@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.kernels import norm_kernels
+from dtrain.kernels import norm_kernels, norm_launch
 from dtrain.kernels.norm import gated_add
 from tests.kernels.attention_checks import DEVICE, draw, needs_triton
 from tests.kernels.norm_checks import (
@@ -37,7 +37,7 @@ _SUBSETS = [s for n in range(5) for s in itertools.combinations(EVERYTHING[2:], 
 def test_each_part_alone_and_together(kind: str, residual: tuple[str, ...]) -> None:
     for names in _SUBSETS:
         if kind == "layer" or "bias" not in names:
-            assert_exact(draw_given((2, 19, 40), residual + names), kind=kind)
+            assert_exact(draw_given((2, 19, 24), residual + names), kind=kind)
 
 
 @pytest.mark.parametrize("rows", [1, 63, 127, 129, 500])
@@ -45,16 +45,16 @@ def test_numbers_of_rows(rows: int) -> None:
     assert_exact(draw_given((2, rows, 24), dtype=torch.float16))
 
 
-@pytest.mark.parametrize("width", [1, 2, 7, 8, 63, 64, 65, 129, 384, 1000, 1152])
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 63, 64, 65, 129, 384, 1152])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_widths(width: int, kind: str) -> None:
     names = tuple(n for n in EVERYTHING if kind == "layer" or n != "bias")
     assert_exact(draw_given((2, 5, width), names), kind=kind, eps=0.1)
 
 
-@pytest.mark.parametrize("width", [6144, 8191, 8192])
+@pytest.mark.parametrize("width", [6143, 8192])
 def test_wide_rows(width: int) -> None:
-    assert_exact(draw_given((1, 1, width), dtype=torch.float16))
+    assert_exact(draw_given((1, 2, width), ("branch", "gate"), torch.float16))
 
 
 def test_kinds_of_gradients_that_may_be_missing() -> None:
@@ -104,7 +104,7 @@ def test_any_number_of_dims(dims: int) -> None:
 
 _VIEWS = {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "rows of 73": lambda x: torch.cat([x, x[..., :1]], dim=-1)[..., :72],
+    "rows of 25": lambda x: torch.cat([x, x[..., :1]], dim=-1)[..., :24],
     "without the first token": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],
     "every other token": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
     "columns": lambda x: x.mT.contiguous().mT,
@@ -114,7 +114,7 @@ _VIEWS = {
 @pytest.mark.parametrize("names", [("branch", "weight", "bias"), EVERYTHING])
 @pytest.mark.parametrize("view", _VIEWS)
 def test_any_strides(view: str, names: tuple[str, ...]) -> None:
-    given = draw_given((3, 19, 72), names, torch.float16)
+    given = draw_given((3, 9, 24), names, torch.float16)
     grads = draw_grads(given)
     strided = {n: _VIEWS[view](x) for n, x in (given | grads).items() if x.dim() == 3}
     for name, x in strided.items():
@@ -132,23 +132,23 @@ def test_any_strides(view: str, names: tuple[str, ...]) -> None:
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("dims", [(1, 1, 1), (1, 1, 72), (3, 19, 1), (3, 1, 72)])
+@pytest.mark.parametrize("dims", [(1, 1, 1), (1, 1, 24), (3, 9, 1), (3, 1, 24)])
 def test_expanded_gradients(dims: tuple[int, ...]) -> None:
-    given = draw_given((3, 19, 72), dtype=torch.float16)
-    grads = {n: draw(*dims, seed=s, dtype=torch.float16).expand(3, 19, 72) for n, s in (("s", 7), ("y", 8))}
+    given = draw_given((3, 9, 24), dtype=torch.float16)
+    grads = {n: draw(*dims, seed=s, dtype=torch.float16).expand(3, 9, 24) for n, s in (("s", 7), ("y", 8))}
     packed = {n: g.contiguous() for n, g in grads.items()}
     assert_same(evaluate(given, grads, backend="triton"), evaluate(given, packed, backend="triton"))
 
 
-@pytest.mark.parametrize("form", ["(B, 1, D)", "expanded", "rows of 217", "columns"])
+@pytest.mark.parametrize("form", ["(B, 1, D)", "expanded", "rows of 73", "columns"])
 def test_vectors_of_samples_in_any_form(form: str) -> None:
-    given = draw_given((3, 19, 72), dtype=torch.float16)
+    given = draw_given((3, 9, 24), dtype=torch.float16)
     if form == "expanded":
-        given |= {n: given[n][:1].expand(3, 72) for n in ("gate", "scale", "shift")}
+        given |= {n: given[n][:1].expand(3, 24) for n in ("gate", "scale", "shift")}
     changed = {
         "(B, 1, D)": lambda v: v[:, None],
         "expanded": lambda v: v,
-        "rows of 217": lambda v: torch.cat([v, v, v, v[:, :1]], dim=1)[:, :72],
+        "rows of 73": lambda v: torch.cat([v, v, v, v[:, :1]], dim=1)[:, :24],
         "columns": lambda v: v.mT.contiguous().mT,
     }[form]
     formed = given | {n: changed(given[n]) for n in ("gate", "scale", "shift")}
@@ -160,14 +160,14 @@ def test_vectors_of_samples_in_any_form(form: str) -> None:
 
 
 def test_chunks_of_a_projection_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = draw_given((3, 19, 72))
+    given = draw_given((3, 9, 24))
     seen: list[int] = []
 
     class Launched:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **_: seen.extend(x.data_ptr() for x in args if isinstance(x, Tensor))
 
-    monkeypatch.setattr(norm_kernels, "_forward_kernel", Launched())
+    monkeypatch.setattr(norm_kernels, "forward_kernel", Launched())
     evaluate_forward = {n: given[n] for n in ("gate", "scale", "shift")}
     with torch.no_grad():
         torch.ops.dtrain.norm(
@@ -254,10 +254,10 @@ def test_offsets_beyond_31_bits() -> None:
 
 def test_programs_depend_on_shapes_alone() -> None:
     """Enough of them for a large GPU, and not so many that their sums count."""
-    rows = {n: norm_kernels._rows_of_program(1, n, 1) for n in (1, 100, 512, 4096, 32768, 2**20)}
+    rows = {n: norm_launch._rows_of_program(1, n, 1) for n in (1, 100, 512, 4096, 32768, 2**20)}
     assert rows == {1: 1, 100: 1, 512: 1, 4096: 8, 32768: 64, 2**20: 128}
-    assert norm_kernels._rows_of_program(256, 257, 1) == 86  # 3 programs a sample, evenly
-    assert norm_kernels._rows_of_program(8, 300, 4) == 4
+    assert norm_launch._rows_of_program(256, 257, 1) == 86  # 3 programs a sample, evenly
+    assert norm_launch._rows_of_program(8, 300, 4) == 4
 
 
 @pytest.mark.parametrize("programs", [1, 2, 129, 300])
@@ -266,7 +266,7 @@ def test_sums_over_programs(programs: int) -> None:
     for rows in (1, 2):
         sums = draw(3, rows * programs, 40)
         like = [draw(rows, 40), None, draw(rows, 40, dtype=torch.float16), draw(rows, 40)]
-        found = norm_kernels._totals(sums, like, rows)
+        found = norm_launch._totals(sums, like, rows)
         assert found.pop(1) is None
         for total, by_program in zip(found, sums, strict=True):
             exact_total = by_program.double().view(rows, programs, 40).sum(1)
@@ -274,8 +274,8 @@ def test_sums_over_programs(programs: int) -> None:
 
 
 def test_more_rows_than_a_program_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = norm_kernels._launch("sm_80", 40, 8, 1).constants["ROWS"]
-    monkeypatch.setattr(norm_kernels, "_rows_of_program", lambda samples, rows, step: 3 * step)
+    at_once = norm_launch._launch("sm_80", 40, 8, 1).constants["ROWS"]
+    monkeypatch.setattr(norm_launch, "_rows_of_program", lambda samples, rows, step: 3 * step)
     assert_exact(draw_given((2, 7 * at_once - 3, 40)))
 
 

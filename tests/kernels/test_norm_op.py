@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtrain.kernels import norm as module
-from dtrain.kernels import norm_kernels
+from dtrain.kernels import norm_launch
 from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.norm import add_norm, gated_add, norm
 from tests.kernels.attention_checks import draw, needs_triton
@@ -45,7 +45,7 @@ def test_operators_keep_their_promises(
     names: tuple[str, ...], interpreted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not interpreted:
-        monkeypatch.setattr(norm_kernels, "can_launch", lambda device: False)
+        monkeypatch.setattr(norm_launch, "can_launch", lambda device: False)
     given = draw_given((2, 5, 40), names)
     torch.library.opcheck(OPS.norm, flat({n: x.detach().requires_grad_() for n, x in given.items()}))
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_a_backend_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch)
     module._decided.cache_clear()
     with pytest.raises(ValueError, match="backend = 'cudnn'"):
         norm(draw(2, 8), backend="cudnn")
-    monkeypatch.setattr(norm_kernels, "can_launch", lambda device: False)
+    monkeypatch.setattr(norm_launch, "can_launch", lambda device: False)
     with pytest.raises(ValueError, match=r"backend = 'triton'.*TRITON_INTERPRET"):
         norm(draw(2, 8), backend="triton")
     module._decided.cache_clear()
@@ -257,7 +257,7 @@ def test_a_gpu_that_is_not_served_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module._decided.cache_clear()
-    monkeypatch.setattr(norm_kernels, "can_launch", lambda device: True)
+    monkeypatch.setattr(norm_launch, "can_launch", lambda device: True)
     cases = [
         ((torch.float32,), 1024),
         ((torch.float32,), 9000),
@@ -279,7 +279,7 @@ def test_rows_are_copied_ahead_16_bytes_at_a_time(tmp_path: Path, monkeypatch: p
     """By the machine code for a GPU that is not there."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     report = tmp_path / "report.json"
-    run_python("-m", "dtrain.kernels.aot", norm_kernels.__name__, "--arch", "sm_90", "--json", report)
+    run_python("-m", "dtrain.kernels.aot", norm_launch.__name__, "--arch", "sm_90", "--json", report)
     cases = {case["name"]: case for case in json.loads(report.read_text())["cases"]}
     assert {case["spills"] for case in cases.values()} == {0}
     for width in (768, 1024, 1152, 1536, 2048, 3072):
