@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -91,11 +92,27 @@ class TrainingState:
         return tree | ({"ema": dict(self.ema.shards)} if self.ema else {})
 
     def load(self, folder: Path) -> None:
-        """Fill everything from a checkpoint folder, whatever mesh wrote it."""
+        """Fill everything from a checkpoint folder, whatever mesh wrote it.
+
+        Raises:
+            ValueError: its optimizer kept moments of another kind.
+        """
         tree = self.tensors()
+        _check_moments(tree["optim"], folder)
         load(tree, checkpoint_id=folder)
         groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
         set_optimizer_state_dict(self.model, self.optimizer, {"state": tree["optim"], "param_groups": groups})
+
+
+def _check_moments(states: dict[str, Any], folder: Path) -> None:
+    there = FileSystemReader(folder).read_metadata().state_dict_metadata
+    coded = any("exp_avg_codes" in state for state in states.values())
+    if coded != any(key.endswith(".exp_avg_codes") for key in there):
+        ours, other = ("8bit", "fp32") if coded else ("fp32", "8bit")
+        raise ValueError(
+            f'optim.moments = "{ours}", but {folder} has moments of another kind: set '
+            f'optim.moments = "{other}", or start a new run.'
+        )
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -5,9 +5,10 @@ placements, so that a checkpoint stores every rank's shard and loads on any mesh
 the same keys would be taken for replicas and all but rank 0's dropped.)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,15 @@ def decay_at(config: EMAConfig, step: int) -> float:
     return min(config.decay, (1 + step) / (10 + step)) if config.warmup else config.decay
 
 
+class Average(NamedTuple):
+    """What an optimizer needs to average parameters in the pass that updates them."""
+
+    shards: Mapping[nn.Parameter, Tensor]
+    """Averages, sharded like their parameters."""
+    weight: float
+    """Of the parameters, 1 - decay."""
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -55,9 +65,14 @@ class EMA:
             name: p.detach().clone().to(torch.float32) for name, p in self._parameters.items()
         }
 
+    def at(self, step: int) -> Average:
+        """What averages in the parameters of update number `step` (from 0): `AdamW.step(ema=...)`."""
+        shards = {parameter: self.shards[name] for name, parameter in self._parameters.items()}
+        return Average(shards, 1 - decay_at(self.config, step))
+
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Average in the parameters after update number `step` (from 0)."""
+        """Average in the parameters after update number `step` (from 0) of an optimizer that does not."""
         averages = [_local(average) for average in self.shards.values()]
         current = [_local(p.detach()).float() for p in self._parameters.values()]
         torch._foreach_lerp_(averages, current, 1 - decay_at(self.config, step))

@@ -4,6 +4,7 @@ The schedule is a pure function of the step, so that it needs no state and a res
 AdamW: Loshchilov & Hutter, https://arxiv.org/abs/1711.05101
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,6 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from dtrain.adamw import AdamW, Moments, has_codes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,13 @@ class OptimConfig:
     warmup_steps: int = field(default=5000, metadata={"help": "Steps of linear warm-up from zero."})
     final_ratio: float = field(
         default=0.0, metadata={"help": "Last learning rate over the peak, for linear and cosine."}
+    )
+    moments: Moments = field(
+        default="fp32",
+        metadata={
+            "help": "How AdamW keeps its moments: 8 bytes a parameter, or 8bit: 2, rounded by chance. A run "
+            "cannot change it."
+        },
     )
     clip_norm: float = field(
         default=0.0, metadata={"help": "Clip the global gradient norm to this value; 0 only measures it."}
@@ -78,9 +90,13 @@ def set_learning_rate(
     return lr
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters, grouped by `config.groups`.
+def build_optimizer(model: nn.Module, config: OptimConfig, seed: int = 0) -> AdamW:
+    """AdamW over the trainable parameters, grouped by `config.groups`.
 
+    Args:
+        model: sharded or not.
+        config: of the optimizer.
+        seed: of the run.
     Raises:
         ValueError: a group matches no parameter.
     """
@@ -97,7 +113,21 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
                 f"optim.groups: match = {rule.match!r} matches no parameter that an earlier group left."
             )
     groups = [_group(config, rule, p) for rule, p in zip(rules, members, strict=True) if p]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.moments == "8bit":
+        _say_what_stays_fp32(model)
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, moments=config.moments, seed=seed)
+
+
+def _say_what_stays_fp32(model: nn.Module) -> None:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    small = [name for name, p in trained.items() if not has_codes(p, "8bit")]
+    if small:
+        elements = sum(trained[name].numel() for name in small)
+        log.info(
+            'optim.moments = "8bit": %d of %d parameters, %s elements in all, are too small for it and keep '
+            "moments in fp32: %s",
+            len(small), len(trained), f"{elements:,}", ", ".join(small),
+        )  # fmt: skip
 
 
 def _group(config: OptimConfig, rule: ParamGroup, parameters: list[nn.Parameter]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, gradients averaged over ranks, clipping, update."""
+"""One optimizer step: micro-batches, gradients averaged over ranks, and one pass that clips and updates."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dtrain.adamw import AdamW
+from dtrain.ema import Average
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import SampleRNG, seed_everything
 
@@ -107,31 +109,35 @@ def accumulate_gradients(
     return total
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Measure the global gradient norm and, when `max_norm` > 0, clip to it. Returns the norm."""
-    with_grad = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None], foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm, foreach=True)
-    return norm
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients of all ranks as one vector, a scalar on the device."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor | None:
+    """What gradients of this norm are multiplied by, so that theirs is at most `max_norm`; 0 never clips.
+
+    By the formula of `torch.nn.utils.clip_grad_norm_`.
+    """
+    return (max_norm / (norm.float() + 1e-6)).clamp(max=1.0) if max_norm > 0 else None
 
 
 def train_step(
     model: nn.Module,
     recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     batches: Sequence[Batch],
     *,
     seed: int,
     device: torch.device,
     clip_norm: float = 0.0,
     reduce_each: bool = True,
+    ema: Average | None = None,
 ) -> StepResult:
-    """Take one optimizer step; see `accumulate_gradients` for the arguments."""
+    """Take one optimizer step; see `accumulate_gradients` and `AdamW.step` for the arguments."""
     loss = accumulate_gradients(model, recipe, batches, seed=seed, device=device, reduce_each=reduce_each)
-    norm = clip_gradients(model.parameters(), clip_norm)
-    optimizer.step()
+    norm = gradient_norm(model.parameters())
+    optimizer.step(grad_scale=clip_coefficient(norm, clip_norm), ema=ema)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, norm)

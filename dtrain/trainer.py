@@ -1,7 +1,7 @@
 """The training loop: the only file that knows every part.
 
 config -> process group -> mesh -> model on meta -> parallelize -> parameters -> optimizer -> checkpoint ->
-for each step: batches -> forward and backward -> clip -> AdamW -> EMA -> metrics -> samples -> checkpoint
+for each step: batches -> forward and backward -> AdamW, clipping and EMA -> metrics -> samples -> checkpoint
 """
 
 import itertools
@@ -84,7 +84,7 @@ class Trainer:
         self.accumulation = config.train.accumulation(world.size)
         self.mesh = build_mesh(config.mesh, world.size, world.device.type)
         self.model = materialise(recipe, config, world, self.mesh)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.optimizer = build_optimizer(self.model, config.optim, config.seed)
         self.ema = EMA(self.model, config.ema) if config.ema.enabled else None
         self.state = TrainingState(self.model, self.optimizer, self.ema)
         # Saving runs collectives on a background thread, which needs a group of its own.
@@ -131,9 +131,8 @@ class Trainer:
             device=self.world.device,
             clip_norm=config.optim.clip_norm,
             reduce_each=config.shard.reduce_each_micro_batch,
+            ema=self.ema.at(step) if self.ema else None,
         )
-        if self.ema:
-            self.ema.update(step)
         for batch in batches:
             self.skipped.update(batch.get("skipped", ()))
         self._log_step(step + 1, batches, log, lr=lr, loss=result.loss, grad_norm=result.grad_norm)

@@ -70,6 +70,8 @@ class _Line(NamedTuple):
 
 
 _LINE = tl.constexpr(len(_Line._fields))
+# Where the sizes stand in a line, after the addresses.
+_SLOT, _BLOCKS, _BLOCKS_OF_ROW, _ROW, _LEAD, _FIRST_BLOCK, _FIRST_PROGRAM = map(tl.constexpr, range(6, 13))
 
 
 @triton.jit
@@ -121,6 +123,41 @@ def _decode_second(codes, scale):
     return from_minifloat(codes, _SECOND_FACTOR, _MANTISSA) * scale.to(tl.float32)[:, None]
 
 
+@triton.jit
+def _spot(
+    o_block, blocks, of_row, row, lead, CODED: tl.constexpr, LEADS: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """Offsets (T, 128) of the elements of blocks in their shard, and which of them are there."""
+    PART: tl.constexpr = _BLOCK // UNIT
+    o_lane = tl.arange(0, _BLOCK)[None, :]
+    if CODED:
+        i_row = (o_block.to(tl.uint32) // of_row).to(tl.int64)
+        start = (o_block.to(tl.uint32) % of_row).to(tl.int64) * PART  # in the row
+        o_units = i_row * row + start
+    else:
+        start = o_block.to(tl.int64) * PART
+        o_units = start - lead
+    # Counted in UNITs, so that the compiler sees that all of a UNIT is there, or none.
+    end = tl.where(o_block < blocks, tl.minimum(row - start, PART), 0).to(tl.int32) * UNIT
+    mask = o_lane < end[:, None]
+    if LEADS:
+        begin = tl.where(o_block == 0, lead, 0).to(tl.int32) * UNIT
+        mask = mask & (o_lane >= begin[:, None])
+    return (o_units * UNIT)[:, None] + o_lane, mask
+
+
+@triton.jit
+def _store_moments(p_m, p_v, o, mask, p_m_scale, p_v_scale, o_block, m_block, m, v, noise):
+    """With noise as codes and scales."""
+    if noise is not None:
+        m, scale = _encode_first(m, noise)
+        _store_scale(p_m_scale + o_block, scale, m_block)
+        v, scale = _encode_second(v, noise)
+        _store_scale(p_v_scale + o_block, scale, m_block)
+    tl.store(p_m + o, m, mask=mask)
+    tl.store(p_v + o, v, mask=mask)
+
+
 @triton.jit(do_not_specialize=_NUMBERS)
 def _update_kernel(
     TABLE, CALLS, OWNERS, GRAD_SCALE,
@@ -136,47 +173,31 @@ def _update_kernel(
     ROUND_PARAM: tl.constexpr = tl.bfloat16 == PARAM
     ROUND_EMA: tl.constexpr = tl.bfloat16 == EMA
     RANDOM: tl.constexpr = CODED or ROUND_PARAM or ROUND_EMA
-    line = TABLE + tl.load(OWNERS + tl.program_id(0)).to(tl.int64) * _LINE
-    call = CALLS + tl.load(line + 6) * 2
+    LEADS: tl.constexpr = RANDOM and not CODED
     MOMENT: tl.constexpr = tl.uint8 if CODED else tl.float32
+    line = TABLE + tl.load(OWNERS + tl.program_id(0)).to(tl.int64) * _LINE
+    call = CALLS + tl.load(line + _SLOT) * 2
     p_param = _pointer(line, PARAM, UNIT)
     p_m = _pointer(line + 1, MOMENT, UNIT)
     p_v = _pointer(line + 2, MOMENT, UNIT)
+    p_m_scale = _pointer(line + 3, tl.bfloat16, 1)
+    p_v_scale = _pointer(line + 4, tl.bfloat16, 1)
     p_grad = _pointer(call, GRAD, UNIT)
-    if CODED:
-        p_m_scale = _pointer(line + 3, tl.bfloat16, 1)
-        p_v_scale = _pointer(line + 4, tl.bfloat16, 1)
+    seed = tl.load(call + 1)
     if EMA is not None:
         p_ema = _pointer(line + 5, EMA, UNIT)
-    blocks = tl.load(line + 7).to(tl.int32)
-    of_row = tl.load(line + 8).to(tl.uint32)
-    row = tl.load(line + 9)
-    lead = tl.load(line + 10) if RANDOM and not CODED else 0
-    if RANDOM:
-        seed = tl.load(call + 1)
-        first_block = tl.load(line + 11)
+    blocks = tl.load(line + _BLOCKS).to(tl.int32)
+    of_row = tl.load(line + _BLOCKS_OF_ROW).to(tl.uint32)
+    row = tl.load(line + _ROW)
+    lead = tl.load(line + _LEAD) if LEADS else 0
+    first_block = tl.load(line + _FIRST_BLOCK)
     if GRAD_SCALE is not None:
         grad_scale = tl.load(GRAD_SCALE)
-    PART: tl.constexpr = _BLOCK // UNIT
-    o_lane = tl.arange(0, _BLOCK)[None, :]
-    first = (tl.program_id(0) - tl.load(line + 12).to(tl.int32)) * (TILE * TILES)
+    first = (tl.program_id(0) - tl.load(line + _FIRST_PROGRAM).to(tl.int32)) * (TILE * TILES)
     for i_block in range(first, tl.minimum(first + TILE * TILES, blocks), TILE):
         o_block = i_block + tl.arange(0, TILE)
         m_block = o_block < blocks
-        if CODED:
-            i_row = o_block.to(tl.uint32) // of_row
-            start = (o_block.to(tl.uint32) % of_row).to(tl.int64) * PART  # in the row
-            o_units = i_row.to(tl.int64) * row + start
-        else:
-            start = o_block.to(tl.int64) * PART
-            o_units = start - lead
-        end = tl.where(m_block, tl.minimum(row - start, PART), 0).to(tl.int32) * UNIT
-        mask = o_lane < end[:, None]
-        if RANDOM and not CODED:
-            begin = tl.where(o_block == 0, lead, 0).to(tl.int32) * UNIT
-            mask = mask & (o_lane >= begin[:, None])
-        o = (o_units * UNIT)[:, None] + o_lane
-
+        o, mask = _spot(o_block, blocks, of_row, row, lead, CODED, LEADS, UNIT)
         param = tl.load(p_param + o, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(p_grad + o, mask=mask, other=0.0).to(tl.float32)
         m = tl.load(p_m + o, mask=mask, other=0)
@@ -194,8 +215,8 @@ def _update_kernel(
         param -= param * decay
         param -= tl.div_rn(m * step_size, tl.sqrt_rn(v) * inverse_root + eps)
 
-        if RANDOM:
-            counter = (first_block + o_block) * (_BLOCK // 4)
+        # What needs few registers comes first: then those of the parameters are free for the codes.
+        counter = (first_block + o_block) * (_BLOCK // 4)
         if ROUND_PARAM or ROUND_EMA:
             noise = random_bits(seed ^ 1, counter, _BLOCK)
         if ROUND_PARAM:
@@ -206,17 +227,8 @@ def _update_kernel(
             if ROUND_EMA:
                 ema = round_bf16(ema, noise << 16)
             tl.store(p_ema + o, ema.to(EMA), mask=mask)
-        if CODED:
-            noise = random_bits(seed, counter, _BLOCK)
-            codes, scale = _encode_first(m, noise)
-            tl.store(p_m + o, codes, mask=mask)
-            _store_scale(p_m_scale + o_block, scale, m_block)
-            codes, scale = _encode_second(v, noise)
-            tl.store(p_v + o, codes, mask=mask)
-            _store_scale(p_v_scale + o_block, scale, m_block)
-        else:
-            tl.store(p_m + o, m, mask=mask)
-            tl.store(p_v + o, v, mask=mask)
+        noise = random_bits(seed, counter, _BLOCK) if CODED else None
+        _store_moments(p_m, p_v, o, mask, p_m_scale, p_v_scale, o_block, m_block, m, v, noise)
 
 
 class _Tile(NamedTuple):

@@ -1,0 +1,232 @@
+"""AdamW over sharded parameters: one pass that clips, updates and averages, see `dtrain.kernels.adamw`.
+
+Moments are fp32, or eight bits with a scale for each 128 elements of a row of dim 0. All state is sharded
+like its parameter, as DTensors, so that a checkpoint stores every shard once and loads on any mesh. Where
+rows are cut changes no bit of an update, but for fp32 on the CPU, which is PyTorch's own.
+
+Small parameters keep moments in fp32: of fewer than 4,096 elements, or with rows shorter than a block.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from dtrain.ema import Average
+from dtrain.kernels.adamw import Backend, Hyper, adamw_, blocks_of_row
+from dtrain.kernels.adamw import Shard as LocalShard
+
+__all__ = ["AdamW", "Moments", "has_codes"]
+
+Moments = Literal["fp32", "8bit"]
+
+_PLAIN = ("exp_avg", "exp_avg_sq")
+_CODED = ("exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scale", "exp_avg_sq_scale")
+
+
+def has_codes(parameter: Tensor, moments: Moments) -> bool:
+    """Whether a parameter's moments are codes of eight bits; by its whole shape, the same on every mesh."""
+    long_rows = math.prod(parameter.shape[1:]) >= 128
+    return moments == "8bit" and parameter.numel() >= 4096 and long_rows
+
+
+class AdamW(torch.optim.Optimizer):
+    """As `torch.optim.AdamW`, whose state it has when moments are fp32; eight bits have names of their own.
+
+    Args:
+        params: fp32 or bf16 parameters or groups of them, plain or DTensors sharded along dim 0. bf16 ones
+            are rounded by chance.
+        lr, betas, eps, weight_decay: as in torch.
+        moments: how first and second moments are kept. A run cannot change it.
+        seed: of what is rounded by chance; the run's.
+        backend: see `dtrain.kernels.adamw.adamw_`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        moments: Moments = "fp32",
+        seed: int = 0,
+        backend: Backend = "auto",
+    ) -> None:
+        if moments not in ("fp32", "8bit"):
+            raise ValueError(f'moments = {moments!r}: must be "fp32" or "8bit"')
+        self.moments: Moments = moments
+        self.seed = seed
+        self.backend: Backend = backend
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        ema: Average | None = None,
+    ) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew, as in torch; its value is returned.
+            grad_scale: one fp32 number that multiplies all gradients, such as the coefficient of clipping.
+            ema: averages that take in the updated parameters in the same pass; see `dtrain.ema.EMA.at`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        number = 0
+        for group in self.param_groups:
+            numbered = dict(enumerate(group["params"], start=number))
+            number += len(numbered)
+            due = {i: p for i, p in numbered.items() if p.grad is not None}
+            for step, parameters in self._by_step(due).items():
+                self._update(parameters, _hyper(group, step, ema), grad_scale, ema)
+        if ema is not None:
+            _average_rest(ema)
+        return loss
+
+    def _by_step(self, parameters: Mapping[int, nn.Parameter]) -> dict[int, dict[int, nn.Parameter]]:
+        """Count one update more for each, and part them by the count."""
+        if not parameters:
+            return {}
+        for parameter in parameters.values():
+            if not self.state[parameter]:
+                self.state[parameter] = _fresh_state(parameter, has_codes(parameter, self.moments))
+        torch._foreach_add_([self.state[p]["step"] for p in parameters.values()], 1)
+        parted: dict[int, dict[int, nn.Parameter]] = defaultdict(dict)
+        for number, parameter in parameters.items():
+            parted[int(self.state[parameter]["step"])][number] = parameter
+        return parted
+
+    def _update(
+        self,
+        parameters: Mapping[int, nn.Parameter],
+        how: Hyper,
+        grad_scale: Tensor | None,
+        ema: Average | None,
+    ) -> None:
+        averages = {} if ema is None else ema.shards
+        shards = [
+            _local_shard(number, parameter, self.state[parameter], averages.get(parameter))
+            for number, parameter in parameters.items()
+        ]
+        grads = [_local(p.grad) for p in parameters.values() if p.grad is not None]
+        backend = self.backend
+        if backend == "auto" and self.moments == "8bit" and grads[0].device.type == "cpu":
+            # PyTorch's fused AdamW rounds the last elements of a shard in another way than the rest.
+            backend = "reference"
+        adamw_(shards, grads, how, seed=self.seed, grad_scale=grad_scale, backend=backend)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave.
+
+        Raises:
+            ValueError: it comes from an optimizer that keeps its moments in another way.
+        """
+        # torch's own would cast all state to the parameter's dtype, codes included.
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        saved = (number for group in state_dict["param_groups"] for number in group["params"])
+        ours = (parameter for group in self.param_groups for parameter in group["params"])
+        for number, parameter in zip(saved, ours, strict=True):
+            if state := state_dict["state"].get(number):
+                self._check_state(number, parameter, state)
+                device = parameter.device
+                self.state[parameter] = {
+                    name: value.to("cpu" if name == "step" else device) for name, value in state.items()
+                }
+
+    def _check_state(self, number: int, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
+        wanted = {"step", *(_CODED if has_codes(parameter, self.moments) else _PLAIN)}
+        if set(state) != wanted:
+            raise ValueError(
+                f"moments = {self.moments!r} needs {', '.join(sorted(wanted))} of parameter {number}, but "
+                f"{', '.join(sorted(state))} is given: moments cannot change in a run."
+            )
+
+
+def _hyper(group: Mapping[str, Any], step: int, ema: Average | None) -> Hyper:
+    beta1, beta2 = group["betas"]
+    weight = 0.0 if ema is None else ema.weight
+    return Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step, weight)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _average_rest(ema: Average) -> None:
+    """Average in the parameters without a gradient, which no update has averaged in."""
+    rest = {p: average for p, average in ema.shards.items() if p.grad is None}
+    if rest:
+        current = [_local(p.detach()).float() for p in rest]
+        torch._foreach_lerp_([_local(average) for average in rest.values()], current, ema.weight)
+
+
+def _fresh_state(parameter: nn.Parameter, coded: bool) -> dict[str, Tensor]:
+    # On the CPU, where the count is needed: reading it waits for no GPU.
+    state = {"step": torch.zeros((), dtype=torch.float32)}
+    if not coded:
+        return state | {name: torch.zeros_like(parameter, dtype=torch.float32) for name in _PLAIN}
+    codes = {name: torch.zeros_like(parameter, dtype=torch.uint8) for name in _CODED[:2]}
+    return state | codes | {name: _fresh_scales(parameter) for name in _CODED[2:]}
+
+
+def _fresh_scales(parameter: nn.Parameter) -> Tensor:
+    """Zeros (R, K), sharded along R like the parameter."""
+    blocks = blocks_of_row(math.prod(parameter.shape[1:]))
+    rows = _local(parameter).shape[0]
+    scales = torch.zeros(rows, blocks, dtype=torch.bfloat16, device=parameter.device)
+    if not isinstance(parameter, DTensor):
+        return scales
+    return DTensor.from_local(
+        scales,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=torch.Size((parameter.shape[0], blocks)),
+        stride=(blocks, 1),
+    )
+
+
+def _local_shard(
+    number: int, parameter: nn.Parameter, state: Mapping[str, Tensor], average: Tensor | None
+) -> LocalShard:
+    names = _CODED if _CODED[0] in state else _PLAIN
+    return LocalShard(
+        _local(parameter),
+        **{name.replace("_codes", ""): _local(state[name]) for name in names},
+        ema=None if average is None else _local(average),
+        first_row=_first_row(parameter),
+        number=number,
+    )
+
+
+def _first_row(parameter: Tensor) -> int:
+    """Index along dim 0 of the whole parameter at which this rank's rows start.
+
+    Raises:
+        ValueError: the parameter is not sharded along dim 0 alone.
+    """
+    first, rows = 0, parameter.shape[0] if parameter.dim() else 1
+    if not isinstance(parameter, DTensor):
+        return first
+    coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not in the parameter's mesh"
+    for axis, placement in enumerate(parameter.placements):
+        if type(placement) is Shard and placement.dim == 0:
+            chunk = -(-rows // parameter.device_mesh.size(axis))
+            start = min(rows, chunk * coordinate[axis])
+            first, rows = first + start, min(chunk, rows - start)
+        elif not isinstance(placement, Replicate):
+            raise ValueError(f"a parameter is placed as {placement}: must be Shard(dim=0) or Replicate()")
+    return first
