@@ -93,17 +93,32 @@ def _product(x, h, SHORT: tl.constexpr):
 
 
 @triton.jit
+def _rows_rotated(x, ORDER: tl.constexpr, SHORT: tl.constexpr):
+    """H of each group of ORDER elements, at most 64, without its norm."""
+    rows = tl.reshape(x, [x.shape[0] * x.shape[1] // ORDER, ORDER])
+    return tl.reshape(_product(rows, _hadamard(ORDER), SHORT), x.shape)
+
+
+@triton.jit
 def _rotate(a, b, ORDER: tl.constexpr, SHORT: tl.constexpr):
     """H of each group of ORDER elements."""
-    G: tl.constexpr = a.shape[0]
     W: tl.constexpr = a.shape[1]
-    if ORDER > W:
-        a, b = a + b, a - b
-    SMALL: tl.constexpr = min(ORDER, W)
-    h = _hadamard(SMALL)
-    a = _product(tl.reshape(a, [G * W // SMALL, SMALL]), h, SHORT) * ORDER**-0.5
-    b = _product(tl.reshape(b, [G * W // SMALL, SMALL]), h, SHORT) * ORDER**-0.5
-    return tl.reshape(a, [G, W]), tl.reshape(b, [G, W])
+    if ORDER > W:  # a group is a block
+        a, b = _rows_rotated(a + b, W, False), _rows_rotated(a - b, W, False)
+    elif ORDER == 128:
+        a, b = _pairs_rotated(a), _pairs_rotated(b)
+    else:
+        a, b = _rows_rotated(a, ORDER, SHORT), _rows_rotated(b, ORDER, SHORT)
+    return a * ORDER**-0.5, b * ORDER**-0.5
+
+
+@triton.jit
+def _pairs_rotated(x):
+    """H of each group of 128 elements, without its norm, in two halves: a matrix of 64 fits the registers."""
+    pairs = tl.reshape(x, [x.shape[0] * x.shape[1] // 128, 2, 64])
+    a, b = tl.split(tl.trans(pairs, 0, 2, 1))
+    a, b = _rows_rotated(a + b, 64, False), _rows_rotated(a - b, 64, False)
+    return tl.reshape(tl.trans(tl.join(a, b), 0, 2, 1), x.shape)
 
 
 @triton.jit
@@ -279,19 +294,17 @@ def _decode_sum_encode_kernel(
 
 
 class _Launch(NamedTuple):
-    """Warps of a program, and its elements."""
+    """Warps of a program, and elements of a warp."""
 
     warps: int
     elements: int
 
 
 # Not timed. No kernel spills, by `dtrain.kernels.aot` with Triton 3.6 and 3.9. A thread holds 16 elements of
-# each half; rotating it holds 8 where the product is a warp's, and on GPUs where it is four warps' there are
-# the 64 rows that they take.
-_PLAIN = _Launch(4, 4096)
-_ROTATING = dict.fromkeys(SHARED_BYTES, _Launch(4, 2048)) | dict.fromkeys(
-    ("sm_90", "sm_100"), _Launch(8, 8192)
-)
+# each half. Rotations take registers, which leaves 8; but where four warps share a product, it is of 64 rows.
+_PLAIN = _Launch(4, 1024)
+_ROTATING = _Launch(4, 512)
+_SHARED_PRODUCT = {"sm_90": _Launch(8, 1024), "sm_100": _Launch(8, 1024)}
 
 
 def refusal(device: torch.device) -> str:
@@ -301,12 +314,19 @@ def refusal(device: torch.device) -> str:
     return ""
 
 
-def _launch(arch: str, n: int, block: int, rotates: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _launch(arch: str, n: int, block: int, *rotations: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of every kernel, and options of the launch."""
-    warps, elements = _ROTATING[known_arch(arch)] if rotates else _PLAIN
-    # Scales are padded to a multiple of 8.
-    constants = {"B": block, "G": max(8, elements // block), "UNIT": 1 if n % 16 else 16}
-    return constants, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    warps, elements = _PLAIN
+    if any(rotations):
+        in_pairs = 128 in rotations and block > 128
+        warps, elements = _ROTATING if in_pairs else _SHARED_PRODUCT.get(known_arch(arch), _ROTATING)
+    blocks = max(8, warps * elements // block)  # 8, as scales are padded to a multiple of it
+    options = {
+        "num_warps": max(warps, blocks * block // elements),
+        "num_stages": 1,
+        "enable_fp_fusion": False,
+    }
+    return {"B": block, "G": blocks, "UNIT": 1 if n % 16 else 16}, options
 
 
 def _grid(n: int, constants: dict[str, Any]) -> tuple[int]:
@@ -319,7 +339,7 @@ def encode(
 ) -> None:  # fmt: skip
     """`quantize_reference.encode`."""
     n = x.numel()
-    constants, options = _launch(arch_of(x.device), n, format.block, format.rotation > 0)
+    constants, options = _launch(arch_of(x.device), n, format.block, format.rotation)
     unit = constants["UNIT"]
     with torch.cuda.device_of(x):
         _encode_kernel[_grid(n, constants)](
@@ -329,7 +349,7 @@ def encode(
 
 
 def _encoding(format: Format, dtype: torch.dtype, minus: bool, stochastic: bool) -> dict[str, Any]:
-    unchanged = dtype != torch.float32 and not minus and 2 * format.rotation <= format.block
+    unchanged = dtype != torch.float32 and not minus and format.rotation <= min(64, format.block // 2)
     return {
         "LARGEST": format.largest,
         "ROTATION": format.rotation,
@@ -341,12 +361,16 @@ def _encoding(format: Format, dtype: torch.dtype, minus: bool, stochastic: bool)
 def decode(payloads: Tensor, out: Tensor, divide: float, format: Format, add: bool = False) -> None:
     """`quantize_reference.decode_sum`, or with `add` `decode_add`."""
     n = out.numel()
-    constants, options = _launch(arch_of(out.device), n, format.block, format.rotation > 0)
+    constants, options = _launch(arch_of(out.device), n, format.block, format.rotation)
     with torch.cuda.device_of(out):
         _decode_kernel[_grid(n, constants)](
             payloads, out, n // constants["UNIT"], len(payloads), payloads.stride(0) // 16, 1 / divide,
-            **constants, LARGEST=format.largest, ROTATION=format.rotation, ADD=add, **options,
+            **constants, **_decoding(format, add), **options,
         )  # fmt: skip
+
+
+def _decoding(format: Format, add: bool) -> dict[str, Any]:
+    return {"LARGEST": format.largest, "ROTATION": format.rotation, "ADD": add}
 
 
 def decode_sum_encode(
@@ -354,8 +378,10 @@ def decode_sum_encode(
     seed: int | None, first: int,
 ) -> None:  # fmt: skip
     """`quantize_reference.decode_sum_encode`."""
-    rotates = format_in.rotation != format_out.rotation
-    constants, options = _launch(arch_of(payload.device), n, format_in.block, rotates)
+    rotations = {format_in.rotation, format_out.rotation}
+    constants, options = _launch(
+        arch_of(payload.device), n, format_in.block, *(rotations if len(rotations) == 2 else ())
+    )
     with torch.cuda.device_of(payload):
         _decode_sum_encode_kernel[_grid(n, constants)](
             payloads, payload, n // constants["UNIT"], len(payloads), payloads.stride(0) // 16, 1 / divide,
@@ -382,38 +408,39 @@ _TYPES = {
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Each format in blocks of 128: plain, with all that there is, summed, encoded again, added."""
+    """Each format in blocks of 128, plain and with all that there is; the largest rotation within a block."""
+    nothing = {"MINUS": None, "RESIDUAL": None}
     for arch in SHARED_BYTES:
         for bits in get_args(Bits):
             plain, rotated = Format(bits), Format(bits, rotation=64)
-            nothing = {"MINUS": None, "RESIDUAL": None}
-            given: dict[str, tuple[Any, dict[str, Any]]] = {
-                "encode": (_encode_kernel, nothing | _encoding(plain, torch.float32, False, False)),
-                "encode by chance, rotated, residual": (
-                    _encode_kernel,
-                    _encoding(rotated, torch.float32, True, True),
-                ),
-                "decode_sum": (_decode_kernel, {"LARGEST": plain.largest, "ROTATION": 0, "ADD": False}),
-                "decode_add, rotated": (
-                    _decode_kernel,
-                    {"LARGEST": plain.largest, "ROTATION": 64, "ADD": True},
-                ),
-                "decode_sum_encode": (_decode_sum_encode_kernel, _recoding(plain, plain, False)),
-            }
-            for name, (kernel, how) in given.items():
-                constants, options = _launch(arch, 16, 128, "rotated" in name)
-                yield _case(f"quantize.{name} {bits}", kernel, arch, constants | how, options)
+            yield _case(
+                "encode", _encode_kernel, arch, plain, nothing | _encoding(plain, torch.float32, False, False)
+            )
+            yield _case(
+                "encode by chance with residual", _encode_kernel, arch, rotated,
+                _encoding(rotated, torch.float32, True, True),
+            )  # fmt: skip
+            yield _case("decode_sum", _decode_kernel, arch, plain, _decoding(plain, False))
+            yield _case("decode_add", _decode_kernel, arch, rotated, _decoding(rotated, True))
+            yield _case(
+                "decode_sum_encode", _decode_sum_encode_kernel, arch, plain, _recoding(plain, plain, False)
+            )
+        large = Format("int8", 512, 128)
+        how = _encoding(large, torch.float32, True, True)
+        yield _case("encode by chance with residual", _encode_kernel, arch, large, how)
 
 
-def _case(name: str, kernel: Any, arch: str, constants: dict[str, Any], options: dict[str, Any]) -> AotCase:
+def _case(name: str, kernel: Any, arch: str, format: Format, how: dict[str, Any]) -> AotCase:
+    constants, options = _launch(arch, 16, format.block, format.rotation)
+    constants |= how
     signature = {x: _TYPES[x] for x in kernel.arg_names if x not in constants}
     return AotCase(
-        name=name,
+        name=f"quantize.{name} {format.bits} block={format.block} rotation={format.rotation}",
         kernel=kernel,
         arch=arch,
         signature=signature,
         constexprs=constants,
         divisible=tuple(x for x, kind in signature.items() if kind.startswith("*")),
         options=options,
-        tensor_cores="rotated" in name,
+        tensor_cores=format.rotation == 64,  # one within pairs has too few rows for those of sm_90 and sm_100
     )

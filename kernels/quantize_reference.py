@@ -29,7 +29,7 @@ __all__ = ["HUGE", "TINY", "decode_add", "decode_sum", "decode_sum_encode", "enc
 
 TINY = 2.0**-110  # a largest magnitude below it counts as zero
 HUGE = 2.0**127  # from here on it counts as infinite: its scale, rounded up, could decode to infinity
-_PIECE = 2**16  # elements for a core: with two buffers, half of a second-level cache of 1 MiB
+_PIECE = 2**18  # elements for a core: two buffers of 1 MiB, in its caches, and calls cost little beside them
 _TILE = (
     8192  # elements of one matrix product; all have one shape, so that a row's sums do not depend on others
 )

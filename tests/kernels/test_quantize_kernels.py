@@ -286,7 +286,7 @@ MEASURE = f"""
 import dataclasses, json, pathlib, sys
 from {aot.__name__} import measure
 from {quantize_kernels.__name__} import aot_cases
-cases = [case for case in aot_cases() if case.arch == "sm_90" and "rotated" not in case.name]
+cases = [case for case in aot_cases() if case.arch == "sm_90" and case.name.endswith("rotation=0")]
 pathlib.Path(sys.argv[1]).write_text(json.dumps([dataclasses.asdict(measure(case)) for case in cases]))
 """
 
@@ -301,7 +301,9 @@ def test_loads_take_16_bytes_and_nothing_spills(tmp_path: Path, monkeypatch: pyt
     for bits, codes in (("int8", 2), ("fp8", 2), ("int4", 1)):
         # A thread's 16 elements of each half: of fp32 in 4 loads, of codes in one, or both halves in one.
         loads = {"encode": 2 * 4, "decode_sum": codes, "decode_sum_encode": codes}
-        assert {name: cases[f"quantize.{name} {bits}"]["wide_loads"] for name in loads} == loads
+        assert {
+            name: cases[f"quantize.{name} {bits} block=128 rotation=0"]["wide_loads"] for name in loads
+        } == loads
     assert {case["spills"] for case in cases.values()} == {0}
 
 
