@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dtrain.ema import Average
-from dtrain.kernels.adamw import Backend, Hyper, adamw_, blocks_of_row
+from dtrain.kernels.adamw import Hyper, adamw_, blocks_of_row
 from dtrain.kernels.adamw import Shard as LocalShard
+from dtrain.kernels.serving import Backend
 
 __all__ = ["AdamW", "Moments", "has_codes"]
 

@@ -16,10 +16,7 @@ bf16 half of it, with eight bits a quarter, and two scales of 2 bytes a block of
 The tables of the launch add 8 bytes to 8192 elements.
 """
 
-import functools
-import logging
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,10 +24,10 @@ from torch import Tensor
 from dtrain.kernels import adamw_kernels as kernels
 from dtrain.kernels import adamw_reference as reference
 from dtrain.kernels.adamw_reference import Hyper, Shard, blocks_of_row
+from dtrain.kernels.serving import Backend, kernels_serve
 
 __all__ = ["Hyper", "Shard", "adamw_", "blocks_of_row", "moments_bytes", "update_bytes"]
 
-_log = logging.getLogger(__name__)
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -56,9 +53,6 @@ def update_bytes(
     """
     weights = 2 * param.itemsize + grad.itemsize + (0 if ema is None else 2 * ema.itemsize)
     return rows * row * weights + 2 * moments_bytes(rows, row, coded)
-
-
-Backend = Literal["auto", "triton", "reference"]
 
 
 @torch.no_grad()
@@ -95,7 +89,8 @@ def adamw_(
     pairs = [(s, g.contiguous()) for s, g in zip(shards, grads, strict=True) if g.numel()]
     if not pairs:
         return
-    if _fused(backend, pairs[0][0].param.device):
+    device = pairs[0][0].param.device
+    if kernels_serve(backend, device, kernels.refusal(device), "AdamW takes several passes"):
         seeds = [reference.noise_seed(seed, how.step, s.number) if s.random else 0 for s, _ in pairs]
         kernels.update(pairs, reference.scalars(how), seeds, grad_scale)
         return
@@ -170,15 +165,3 @@ def _check_scales(shard: Shard) -> None:
         if x is None or x.shape != shape or x.dtype != torch.bfloat16 or not x.is_contiguous():
             what = "None" if x is None else f"{tuple(x.shape)} {x.dtype}"
             raise ValueError(f"{name} {what}: must be contiguous {shape} torch.bfloat16, a number a block")
-
-
-@functools.cache
-def _fused(backend: Backend, device: torch.device) -> bool:
-    if backend not in ("auto", "triton", "reference"):
-        raise ValueError(f"backend = {backend!r}: must be one of 'auto', 'triton', 'reference'")
-    refusal = kernels.refusal(device)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend = 'triton': {refusal}; backend = 'auto' finds one that serves")
-    if backend == "auto" and refusal and device.type == "cuda":
-        _log.warning("AdamW takes several passes: %s", refusal)
-    return backend == "triton" or (backend == "auto" and device.type == "cuda" and not refusal)

@@ -14,11 +14,9 @@ backwards reads pre and dact and writes the activation and dpre, 4·R·H. The pr
 Shapes: R rows, H hidden width, E width of the output.
 """
 
-import functools
-import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +36,14 @@ from dtrain.kernels.linear import (
     sum_rows,
 )
 from dtrain.kernels.op import Operator
+from dtrain.kernels.serving import Backend, kernels_serve
 
 __all__ = [
-    "Approximate", "Backend", "gelu_linear", "forward_bytes", "backward_bytes",
+    "Approximate", "gelu_linear", "forward_bytes", "backward_bytes",
     "Gelu", "Needs", "Path", "gelu_linear_op", "serving",
 ]  # fmt: skip
 
-_log = logging.getLogger(__name__)
-
 Approximate = Literal["none", "tanh"]
-Backend = Literal["auto", "triton", "reference"]
 Path = Literal["kernels", "passes", "reference"]
 
 
@@ -252,22 +248,10 @@ def serving(backend: Backend, approximate: Approximate, device: torch.device, dt
         ValueError: the chosen backend cannot serve, or an option is not known.
     """
     # Asked while torch.compile traces, which cannot see through the log and the cache.
-    return _decided(backend, approximate, device, dtype)
-
-
-@functools.cache
-def _decided(backend: Backend, approximate: Approximate, device: torch.device, dtype: torch.dtype) -> Path:
-    for name, given, known in (
-        ("backend", backend, ("auto", "triton", "reference")),
-        ("approximate", approximate, ("none", "tanh")),
-    ):
-        if given not in known:
-            raise ValueError(f"{name} = {given!r}: must be one of {', '.join(map(repr, known))}")
+    if approximate not in get_args(Approximate):
+        raise ValueError(f"approximate = {approximate!r}: must be one of 'none', 'tanh'")
     refusal = kernels.refusal(device, dtype)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend = 'triton': {refusal}; backend = 'auto' finds one that serves")
-    if backend == "auto" and refusal and device.type == "cuda":
-        _log.warning("GELU and its gradient take several passes: %s", refusal)
-    if backend == "reference" or device.type not in ("cpu", "cuda", "meta"):
-        return "reference"
-    return "kernels" if backend == "triton" or (device.type == "cuda" and not refusal) else "passes"
+    if kernels_serve(backend, device, refusal, "GELU and its gradient take several passes"):
+        return "kernels"
+    operator = backend == "auto" and device.type in ("cpu", "cuda", "meta")
+    return "passes" if operator else "reference"

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dtrain.kernels import mlp_reference as reference
 from dtrain.kernels.chunked_mlp import chunked_mlp, split_bias
-from dtrain.kernels.gelu_linear import Approximate, Backend, gelu_linear_op, serving
+from dtrain.kernels.gelu_linear import Approximate, gelu_linear_op, serving
 from dtrain.kernels.linear import check_layer, compute_dtype
+from dtrain.kernels.serving import Backend
 
 __all__ = ["mlp"]
 

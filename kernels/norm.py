@@ -13,10 +13,6 @@ its gradient. `norm` reads u and writes u; backwards it reads 2u and writes u.
 Shapes: B samples, N rows of each, D width; x, branch, s, y (B, ..., D); w, b (D,); gate, scale, shift (B, D).
 """
 
-import functools
-import logging
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -24,10 +20,9 @@ from dtrain.kernels import norm_operators as operators
 from dtrain.kernels import norm_reference as reference
 from dtrain.kernels.norm_launch import refusal
 from dtrain.kernels.norm_reference import Kind, Norm
+from dtrain.kernels.serving import Backend, kernels_serve
 
 __all__ = ["add_norm", "backward_bytes", "forward_bytes", "gated_add", "norm"]
-
-_log = logging.getLogger(__name__)
 
 
 def forward_bytes(
@@ -81,9 +76,6 @@ def backward_bytes(
 
 def _statistics_bytes(kind: Kind) -> int:
     return 8 if kind == "layer" else 4
-
-
-Backend = Literal["auto", "triton", "reference"]
 
 
 def norm(
@@ -210,16 +202,4 @@ def _served(backend: Backend, dtype: torch.dtype, x: Tensor, *others: Tensor | N
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _fused(backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> bool:
     # Asked while torch.compile traces, which cannot see through the log and the cache.
-    return _decided(backend, device, dtypes, width)
-
-
-@functools.cache
-def _decided(backend: Backend, device: torch.device, dtypes: tuple[torch.dtype, ...], width: int) -> bool:
-    if backend not in ("auto", "triton", "reference"):
-        raise ValueError(f"backend = {backend!r}: must be one of 'auto', 'triton', 'reference'")
-    reason = refusal(device, dtypes, width)
-    if backend == "triton" and reason:
-        raise ValueError(f"backend = 'triton': {reason}; backend = 'auto' finds one that serves")
-    if backend == "auto" and reason and device.type == "cuda":
-        _log.warning("norms take several passes: %s", reason)
-    return backend == "triton" or (backend == "auto" and device.type == "cuda" and not reason)
+    return kernels_serve(backend, device, refusal(device, dtypes, width), "norms take several passes")

@@ -12,9 +12,7 @@ values); backwards reads 5u, the three gradients, queries and keys, and writes 3
 Shapes: B batch, N tokens, H heads, D width of a head.
 """
 
-import functools
-import logging
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +21,12 @@ from dtrain.kernels import qk_norm_rope_kernels as kernels
 from dtrain.kernels import reference
 from dtrain.kernels.op import Operator
 from dtrain.kernels.qk_norm_rope_kernels import NormRope
+from dtrain.kernels.serving import Backend, kernels_serve
 
 __all__ = [
     "NormRope", "qk_norm_rope", "check", "forward_bytes", "backward_bytes",
     "empty_heads", "fake_weights", "of_given", "or_nothing", "reference_backward",
 ]  # fmt: skip
-
-_log = logging.getLogger(__name__)
 
 
 def forward_bytes(
@@ -189,9 +186,6 @@ def _check_table(name: str, table: Tensor, tokens: int, width: int) -> None:
         raise ValueError(f"{name} requires a gradient: none is formed for angles; pass {name}.detach()")
 
 
-Backend = Literal["auto", "triton", "reference"]
-
-
 def qk_norm_rope(
     qkv: Tensor,
     *,
@@ -226,16 +220,7 @@ def qk_norm_rope(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _fused(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     # Asked while torch.compile traces, which cannot see through the log and the cache.
-    return _decided(backend, device, dtype, head_dim)
-
-
-@functools.cache
-def _decided(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    if backend not in ("auto", "triton", "reference"):
-        raise ValueError(f"backend = {backend!r}: must be one of 'auto', 'triton', 'reference'")
     refusal = kernels.refusal(device, dtype, head_dim)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend = 'triton': {refusal}; backend = 'auto' finds one that serves")
-    if backend == "auto" and refusal and device.type == "cuda":
-        _log.warning("norm and rotation of queries and keys take several passes: %s", refusal)
-    return backend == "triton" or (backend == "auto" and device.type == "cuda" and not refusal)
+    return kernels_serve(
+        backend, device, refusal, "norm and rotation of queries and keys take several passes"
+    )

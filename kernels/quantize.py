@@ -17,10 +17,7 @@ Every rank that decodes a payload gets the same bits; a rank that keeps its own 
 others. Nothing here is differentiable: tensors that ask for a gradient are taken as they are.
 """
 
-import functools
-import logging
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,14 +26,13 @@ from dtrain.kernels import quantize_kernels as kernels
 from dtrain.kernels import quantize_reference as reference
 from dtrain.kernels.op import Operator
 from dtrain.kernels.payload import ALIGNMENT, Bits, Format, format_of, payload_bytes, residual_numel
+from dtrain.kernels.serving import Backend, kernels_serve
 
 __all__ = [
     "Format", "payload_bytes", "residual_numel",
     "encode", "decode", "decode_sum", "decode_sum_encode", "decode_add",
     "encode_bytes", "decode_sum_bytes", "decode_sum_encode_bytes", "decode_add_bytes",
 ]  # fmt: skip
-
-_log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -140,8 +136,6 @@ _decode_sum_encode = _operator(
     f"{_FORMAT}, float divide, int? seed, int first, bool kernel)",
     _decode_sum_encode_any,
 )
-
-Backend = Literal["auto", "triton", "reference"]
 
 
 def encode(
@@ -344,16 +338,4 @@ def _check_divide(divide: float) -> None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _fused(backend: Backend, device: torch.device) -> bool:
     # Asked while torch.compile traces, which cannot see through the log and the cache.
-    return _decided(backend, device)
-
-
-@functools.cache
-def _decided(backend: Backend, device: torch.device) -> bool:
-    if backend not in ("auto", "triton", "reference"):
-        raise ValueError(f"backend = {backend!r}: must be one of 'auto', 'triton', 'reference'")
-    refusal = kernels.refusal(device)
-    if backend == "triton" and refusal:
-        raise ValueError(f"backend = 'triton': {refusal}; backend = 'auto' finds one that serves")
-    if backend == "auto" and refusal and device.type == "cuda":
-        _log.warning("quantisation takes several passes: %s", refusal)
-    return backend == "triton" or (backend == "auto" and device.type == "cuda" and not refusal)
+    return kernels_serve(backend, device, kernels.refusal(device), "quantisation takes several passes")

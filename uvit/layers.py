@@ -17,9 +17,9 @@ from dtrain.kernels.attention import Backend
 from dtrain.kernels.attention_layer import qkv_attention
 from dtrain.kernels.block_mask import BlockMask
 from dtrain.kernels.mlp import mlp
-from dtrain.kernels.norm import Backend as FusedBackend
 from dtrain.kernels.norm import add_norm, norm
 from dtrain.kernels.qk_norm_rope import qk_norm_rope
+from dtrain.kernels.serving import Backend as FusedBackend
 from dtrain.kernels.skip import skip_linear
 from uvit.embed import PLAIN, Layout, Rope
 

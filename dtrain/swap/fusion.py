@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from dtrain.kernels.norm import Backend
+from dtrain.kernels.serving import Backend
 from dtrain.swap import mlps, norms
 from dtrain.swap.forward import is_replaced, set_forward
 from dtrain.swap.report import Swap

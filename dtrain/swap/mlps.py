@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dtrain.kernels.gelu_linear import Approximate, Backend
+from dtrain.kernels.gelu_linear import Approximate
 from dtrain.kernels.mlp import mlp
+from dtrain.kernels.serving import Backend
 from dtrain.swap.deferred import DeferredNorm, computed
 
 __all__ = ["MlpLayers", "forward_of", "layers_of", "refusal"]
@@ -38,9 +39,10 @@ def layers_of(module: nn.Module) -> MlpLayers | None:
         fc1, act, fc2 = (children.pop(name) for name in ("fc1", "act", "fc2"))
         return MlpLayers(fc1, act, fc2, tuple(children.values()))
     if type(module) is nn.Sequential and isinstance(next(iter(module), None), nn.Linear):
-        layers = [layer for layer in module if not isinstance(layer, nn.Dropout)]
-        if len(layers) == 3 and isinstance(layers[1], nn.GELU):
-            return MlpLayers(*layers, tuple(layer for layer in module if isinstance(layer, nn.Dropout)))
+        first, *rest = (layer for layer in module if not isinstance(layer, nn.Dropout))
+        if len(rest) == 2 and isinstance(rest[0], nn.GELU):
+            dropouts = tuple(layer for layer in module if isinstance(layer, nn.Dropout))
+            return MlpLayers(first, rest[0], rest[1], dropouts)
     return None
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtrain.kernels.norm import Backend, norm
+from dtrain.kernels.norm import norm
+from dtrain.kernels.norm_reference import Kind
+from dtrain.kernels.serving import Backend
 from dtrain.swap.deferred import DeferredNorm, computed
 
 __all__ = ["forward_of", "is_modulated", "is_norm", "refusal"]
@@ -50,7 +52,7 @@ def forward_of(backend: Backend, modulated: bool) -> Callable[..., Any]:
         x = computed(x)
         weight, bias = module.weight, getattr(module, "bias", None)
         eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-        kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
+        kind: Kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
 
         def compute(scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
             return norm(

@@ -18,7 +18,7 @@ from dtrain.shard import ShardConfig
 from dtrain.swap import fusion, norms
 from dtrain.swap.fusion import swap_fused
 from tests.dtrain import third_party as made
-from tests.dtrain.sharded_worker import tiny_dit
+from tests.dtrain.sharded_worker import tiny_dit, uvit
 from tests.dtrain.third_party import assert_same, filled, gradients, loss
 
 # model, norms and MLPs swapped, norms in a forward pass, how many of those take in a scale and a shift
@@ -140,7 +140,7 @@ def test_compiles_without_a_break_and_no_more_often(make: Callable) -> None:
     assert_same(model, swapped, inputs)
 
 
-@pytest.mark.parametrize("make", [made.dit, made.wan, tiny_dit])
+@pytest.mark.parametrize("make", [made.dit, made.wan, tiny_dit, uvit])
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.usefixtures("single_process_group")
 def test_parallelized_with_pieces_and_checkpointing(make: Callable, chunks: int) -> None:

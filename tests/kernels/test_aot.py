@@ -160,12 +160,17 @@ def _blocks(case: AotCase) -> tuple[int, int]:
     return case.constexprs["BLOCK_M"], case.constexprs["BLOCK_N"]
 
 
+def _is_narrow(name: str) -> bool:
+    """Rows of 72 are halves of 36 numbers; a thread of AdamW holds four of each tensor, 16 bytes in fp32."""
+    return (name.startswith("qk_norm_rope") and "D=72" in name) or "unaligned" in name or "bf16 8-bit" in name
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel_passes(arch: str, compiler: Any) -> None:
     status, printed, measured = compiler("--arch", arch)
     assert status == 0, printed
     assert {m.arch for m in measured.values()} == {arch}
-    assert all(m.wide_loads for m in measured.values() if m.name.startswith("attention"))
+    assert [m.name for m in measured.values() if not m.wide_loads and not _is_narrow(m.name)] == []
     if arch == "sm_90":
         assert {m.spills for m in measured.values()} == {0}

@@ -21,6 +21,7 @@ from dtrain.kernels import gelu_kernels
 from dtrain.kernels import gelu_linear as module
 from dtrain.kernels.gelu_linear import gelu_linear
 from dtrain.kernels.launch import HAS_TRITON, arch_of
+from dtrain.kernels.serving import kernels_serve
 from tests.kernels.attention_checks import DEVICE, draw, needs_triton
 from tests.kernels.products import declared_flops, performed_flops
 from tests.launch import run_python
@@ -398,10 +399,8 @@ def test_options_that_cannot_serve_are_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="approximate = 'erf': must be one of 'none', 'tanh'"):
         gelu_linear(**inputs, approximate="erf")
     monkeypatch.setattr(gelu_kernels, "can_launch", lambda device: False)
-    module._decided.cache_clear()
     with pytest.raises(ValueError, match=r"backend = 'triton'.*TRITON_INTERPRET"):
         triton(**inputs)
-    module._decided.cache_clear()
 
 
 @needs_triton
@@ -411,11 +410,10 @@ def test_fp64_is_refused_by_the_kernels() -> None:
 
 
 def test_what_is_not_served_on_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    module._decided.cache_clear()
+    kernels_serve.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert module._decided("auto", "none", torch.device("cuda"), torch.float64) == "passes"
-    module._decided.cache_clear()
+            assert module.serving("auto", "none", torch.device("cuda"), torch.float64) == "passes"
     (record,) = caplog.records
     assert record.getMessage().startswith("GELU and its gradient take several passes: ")
 

@@ -15,6 +15,7 @@ from dtrain.kernels import norm as module
 from dtrain.kernels import norm_launch
 from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.norm import add_norm, gated_add, norm
+from dtrain.kernels.serving import kernels_serve
 from tests.kernels.attention_checks import draw, needs_triton
 from tests.kernels.norm_checks import EVERYTHING, assert_same, draw_given, draw_grads, evaluate, in_double
 from tests.launch import run_python
@@ -194,7 +195,6 @@ def test_bytes_are_those_of_the_tensors(names: tuple[str, ...], branch_dtype: to
     """Counted with what the operators are given and give; mean and r are read as often as written."""
     names = tuple(n for n in names if kind == "layer" or n != "bias")
     given = draw_given((3, 5, 40), names, torch.float32, branch_dtype)
-    dtype = branch_dtype if "branch" in given else torch.float32
     leaves = {n: x.detach().requires_grad_() for n, x in given.items()}
     s, y, mean, r = OPS.norm(*flat(leaves, kind, branch_dtype))
     sizes: dict[str, Any] = {
@@ -202,7 +202,6 @@ def test_bytes_are_those_of_the_tensors(names: tuple[str, ...], branch_dtype: to
         "add": "branch" in given, "kind": kind, "affine": len({"weight", "bias"} & set(names)),
         "gated": 3 * ("gate" in names), "modulated": 3 * ("scale" in names),
     }  # fmt: skip
-    assert dtype in (torch.float32, branch_dtype)
     moved = sum(x.nbytes for x in (*given.values(), s, y, mean, r))
     assert module.forward_bytes(**sizes) == moved
     grads = [torch.ones_like(x) for x in (s, y) if x.numel()]
@@ -244,19 +243,17 @@ def test_kinds_and_their_biases_are_checked() -> None:
 
 
 def test_a_backend_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    module._decided.cache_clear()
     with pytest.raises(ValueError, match="backend = 'cudnn'"):
         norm(draw(2, 8), backend="cudnn")
     monkeypatch.setattr(norm_launch, "can_launch", lambda device: False)
     with pytest.raises(ValueError, match=r"backend = 'triton'.*TRITON_INTERPRET"):
         norm(draw(2, 8), backend="triton")
-    module._decided.cache_clear()
 
 
 def test_a_gpu_that_is_not_served_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module._decided.cache_clear()
+    kernels_serve.cache_clear()
     monkeypatch.setattr(norm_launch, "can_launch", lambda device: True)
     cases = [
         ((torch.float32,), 1024),
@@ -264,14 +261,13 @@ def test_a_gpu_that_is_not_served_is_said_once(
         ((torch.float32,), 9000),
         ((torch.float64,), 64),
     ]
-    with caplog.at_level(logging.WARNING, logger=module.__name__):
-        served = [module._decided("auto", torch.device("cuda"), *case) for case in cases]
+    with caplog.at_level(logging.WARNING):
+        served = [module._fused("auto", torch.device("cuda"), *case) for case in cases]
     assert served == [True, False, False, False]
     assert [r.getMessage() for r in caplog.records] == [
         "norms take several passes: width 9000 is above 8192",
         "norms take several passes: torch.float64 is none of float16, bfloat16 and float32",
     ]
-    module._decided.cache_clear()
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton, whose wheels are for Linux")

@@ -19,6 +19,7 @@ from dtrain.kernels import qk_norm_rope as module
 from dtrain.kernels import qk_norm_rope_kernels, reference
 from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.qk_norm_rope import qk_norm_rope
+from dtrain.kernels.serving import kernels_serve
 from tests.kernels.attention_checks import DEVICE, draw, needs_triton
 from tests.launch import run_python
 
@@ -273,15 +274,14 @@ def test_auto_on_the_cpu_is_the_reference_and_copies_nothing_that_it_need_not() 
 def test_a_gpu_that_is_not_served_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module._decided.cache_clear()
+    kernels_serve.cache_clear()
     monkeypatch.setattr(qk_norm_rope_kernels, "can_launch", lambda device: True)
-    with caplog.at_level(logging.WARNING, logger=module.__name__):
-        served = [module._decided("auto", torch.device("cuda"), torch.float32, d) for d in (64, 33, 33)]
+    with caplog.at_level(logging.WARNING):
+        served = [module._fused("auto", torch.device("cuda"), torch.float32, d) for d in (64, 33, 33)]
     assert served == [True, False, False]
     assert [r.getMessage() for r in caplog.records] == [
         "norm and rotation of queries and keys take several passes: head dim 33 is not even, or above 256"
     ]
-    module._decided.cache_clear()
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
@@ -339,10 +339,8 @@ def test_a_backend_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="backend = 'cudnn'"):
         qk_norm_rope(draw(1, 5, 3, 2, 8), q_weight=draw(8), backend="cudnn")
     monkeypatch.setattr(qk_norm_rope_kernels, "can_launch", lambda device: False)
-    module._decided.cache_clear()
     with pytest.raises(ValueError, match=r"backend = 'triton'.*TRITON_INTERPRET"):
         triton(draw(1, 5, 3, 2, 8), q_weight=draw(8))
-    module._decided.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -17,6 +17,7 @@ from dtrain.kernels import quantize as module
 from dtrain.kernels import quantize_kernels, quantize_reference
 from dtrain.kernels.payload import Format, parts, payload_bytes, residual_numel
 from dtrain.kernels.quantize import decode, decode_add, decode_sum, decode_sum_encode, encode
+from dtrain.kernels.serving import kernels_serve
 from tests.kernels.attention_checks import needs_triton
 
 OPS = torch.ops.dtrain
@@ -533,23 +534,20 @@ def test_mistakes_are_named(call: Any, message: str) -> None:
 
 def test_a_backend_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_kernels, "can_launch", lambda device: False)
-    module._decided.cache_clear()
     with pytest.raises(ValueError, match=r"backend = 'triton'.*TRITON_INTERPRET"):
         encode(X, INT8, backend="triton")
-    module._decided.cache_clear()
 
 
 def test_a_gpu_that_is_not_served_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kernels_serve.cache_clear()
     monkeypatch.setattr(quantize_kernels, "can_launch", lambda device: False)
-    module._decided.cache_clear()
-    assert [module._decided("auto", torch.device("cuda")) for _ in range(2)] == [False, False]
+    assert [module._fused("auto", torch.device("cuda")) for _ in range(2)] == [False, False]
     assert [r.getMessage() for r in caplog.records] == [
         "quantisation takes several passes: cuda tensors need a GPU and Triton, or TRITON_INTERPRET=1 in the "
         "environment"
     ]
-    module._decided.cache_clear()
 
 
 def test_formats_are_made_once() -> None:
