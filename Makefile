@@ -23,7 +23,7 @@ demo: $(VENV)/.clips ## train a small video model on real clips and show what it
 
 test: install lint types ## ruff, mypy and every test that needs no GPU
 	$(RUN) -m pytest --ignore tests/kernels
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto tests/kernels
 
 lint: install
 	$(RUN) -m ruff check .
