@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dtrain.kernels import quantize_kernels as kernels
+from dtrain.kernels import quantize_launch as kernels
 from dtrain.kernels import quantize_reference as reference
 from dtrain.kernels.op import Operator
 from dtrain.kernels.payload import ALIGNMENT, Bits, Format, format_of, payload_bytes, residual_numel

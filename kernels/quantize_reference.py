@@ -31,7 +31,7 @@ TINY = 2.0**-110  # a largest magnitude below it counts as zero
 HUGE = 2.0**127  # from here on it counts as infinite: its scale, rounded up, could decode to infinity
 _PIECE = 2**18  # elements for a core: two buffers of 1 MiB, in its caches, and calls cost little beside them
 _TILE = (
-    8192  # elements of one matrix product; all have one shape, so that a row's sums do not depend on others
+    8192  # elements of a matrix product; all are of one shape, so that a row's sums depend on itself alone
 )
 
 _NAN = 0x7FC00000  # bits

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.kernels import aot, quantize_kernels, quantize_reference
+from dtrain.kernels import aot, quantize_launch, quantize_reference
 from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.payload import Format, parts, payload_bytes, residual_numel
 from dtrain.kernels.quantize import decode, decode_add, decode_sum, decode_sum_encode, encode
@@ -285,7 +285,7 @@ def test_a_tensor_in_pieces_is_the_whole() -> None:
 MEASURE = f"""
 import dataclasses, json, pathlib, sys
 from {aot.__name__} import measure
-from {quantize_kernels.__name__} import aot_cases
+from {quantize_launch.__name__} import aot_cases
 cases = [case for case in aot_cases() if case.arch == "sm_90" and case.name.endswith("rotation=0")]
 pathlib.Path(sys.argv[1]).write_text(json.dumps([dataclasses.asdict(measure(case)) for case in cases]))
 """
