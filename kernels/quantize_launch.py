@@ -69,11 +69,10 @@ def encode(
 
 
 def _encoding(format: Format, dtype: torch.dtype, minus: bool, stochastic: bool) -> dict[str, Any]:
-    unchanged = dtype != torch.float32 and not minus and format.rotation <= min(64, format.block // 2)
     return {
         "LARGEST": format.largest,
         "ROTATION": format.rotation,
-        "SHORT": unchanged,
+        "SHORT": dtype != torch.float32 and not minus,
         "STOCHASTIC": stochastic,
     }
 

@@ -30,9 +30,7 @@ __all__ = ["HUGE", "TINY", "decode_add", "decode_sum", "decode_sum_encode", "enc
 TINY = 2.0**-110  # a largest magnitude below it counts as zero
 HUGE = 2.0**127  # from here on it counts as infinite: its scale, rounded up, could decode to infinity
 _PIECE = 2**18  # elements for a core: two buffers of 1 MiB, in its caches, and calls cost little beside them
-_TILE = (
-    8192  # elements of a matrix product; all are of one shape, so that a row's sums depend on itself alone
-)
+_TILE = 8192  # elements of a matrix product; as all have one shape, a row's sums depend on itself alone
 
 _NAN = 0x7FC00000  # bits
 _E4M3 = 2.0**-120  # see `rounding.to_minifloat`

@@ -160,7 +160,7 @@ def test_sums(bits: Any, n: int, k: int) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(("bits_in", "bits_out"), itertools.product(BITS, BITS))
+@pytest.mark.parametrize(("bits_in", "bits_out"), list(itertools.product(BITS, BITS)))
 def test_summed_and_encoded_again(bits_in: Any, bits_out: Any) -> None:
     for n, seed in ((129, None), (4128, 8)):
         for rotation in (0, 64):
@@ -216,6 +216,27 @@ def test_extreme_values(bits: Any, seed: int | None) -> None:
     assert sums[0].isnan().any()
     again = [decode_sum_encode(both, n, format, format, backend=b) for b in ("triton", "reference")]
     assert again[0].equal(again[1])
+
+
+HIGH, LOW = (
+    4_945_752,
+    4_810_331,
+)  # elements whose words under seed 5 have ones, or zeros, in all upper 23 bits
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    ("bits", "value", "scale"), [("int8", 127 + 2.0**-17, 1.0), ("int4", 9.1328125, 1.3046875)]
+)
+def test_chance_does_not_leave_the_range(bits: Any, value: float, scale: float, backend: Any) -> None:
+    """The reciprocal of this scale takes this value above the largest code, if only just."""
+    format = Format(bits)
+    assert torch.tensor(value) * (1 / torch.tensor(scale)) > format.largest
+    for element, sign in ((HIGH, 1), (LOW, -1)):
+        x = torch.full((128,), sign * value, device=DEVICE)
+        payload = encode(x, format, seed=5, first=element // 128 * 128, backend=backend)
+        found = decode(payload, 128, format, backend="reference")
+        assert found.eq(sign * format.largest * scale).all()
 
 
 @needs_triton

@@ -51,16 +51,17 @@ def test_nothing_to_quantise() -> None:
     assert decode_sum_encode(payload[None], 0, format, format).shape == (0,)
 
 
-def test_parameters_are_taken_as_they_are_and_writes_are_seen() -> None:
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_parameters_are_taken_as_they_are_and_writes_are_seen(backend: Any) -> None:
     format = Format("int8")
     x = draw(256).requires_grad_()
     into, residual = draw(256).requires_grad_(), torch.zeros(256)
-    payload = encode(x, format, residual=residual)
+    payload = encode(x, format, residual=residual, backend=backend)
     assert not payload.requires_grad
     versions = [t._version for t in (into, residual, payload)]
     with torch.no_grad():
-        decode_add(payload, 256, format, into)
-        encode(x, format, out=payload, residual=residual)
+        decode_add(payload, 256, format, into, backend=backend)
+        encode(x, format, out=payload, residual=residual, backend=backend)
     assert all(t._version > v for t, v in zip((into, residual, payload), versions, strict=True))
     with torch.inference_mode():
         assert encode(x, format).equal(encode(x.detach().clone(), format))
