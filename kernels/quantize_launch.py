@@ -14,7 +14,7 @@ __all__ = ["aot_cases", "decode", "decode_sum_encode", "encode", "refusal"]
 
 
 class _Launch(NamedTuple):
-    """Warps of a program, and elements of a warp."""
+    """Warps of a program, and elements of a thread."""
 
     warps: int
     elements: int
@@ -22,9 +22,9 @@ class _Launch(NamedTuple):
 
 # Not timed. No kernel spills, by `dtrain.kernels.aot` with Triton 3.6 and 3.9. A thread holds 16 elements of
 # each half. Rotations take registers, which leaves 8; but where four warps share a product, it is of 64 rows.
-_PLAIN = _Launch(4, 1024)
-_ROTATING = _Launch(4, 512)
-_SHARED_PRODUCT = {"sm_90": _Launch(8, 1024), "sm_100": _Launch(8, 1024)}
+_PLAIN = _Launch(4, 32)
+_ROTATING = _Launch(4, 16)
+_SHARED_PRODUCT = {"sm_90": _Launch(8, 32), "sm_100": _Launch(8, 32)}
 
 
 def refusal(device: torch.device) -> str:
@@ -40,6 +40,7 @@ def _launch(arch: str, n: int, block: int, *rotations: int) -> tuple[dict[str, A
     if any(rotations):
         in_pairs = 128 in rotations and block > 128
         warps, elements = _ROTATING if in_pairs else _SHARED_PRODUCT.get(known_arch(arch), _ROTATING)
+    elements *= 64 if arch.startswith("gfx") else 32  # of a warp
     blocks = max(8, warps * elements // block)  # 8, as scales are padded to a multiple of it
     options = {
         "num_warps": max(warps, blocks * block // elements),
