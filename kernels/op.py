@@ -24,7 +24,8 @@ class Operator:
     """One operator; calling it runs the kernel of the tensors' device.
 
     Args:
-        schema: "dtrain::name(Tensor x, ...) -> ...". The first argument is a tensor, and none is written to.
+        schema: "dtrain::name(Tensor x, ...) -> ...". The first argument is a tensor. One that is
+            written to is marked, "Tensor(a!)", and then there is no backward.
         cpu, cuda: the kernels.
         fake: shapes and dtypes of the outputs, without their values.
         flops: FLOPs by the shapes of the arguments; None for an operator without matrix products.
