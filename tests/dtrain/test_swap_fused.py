@@ -151,6 +151,7 @@ def test_parallelized_with_pieces_and_checkpointing(make: Callable, chunks: int)
         shard = ShardConfig(extra_units=("transformer_blocks.0.norm1.emb",))
         config = ParallelConfig(activations=config.activations, shard=shard)
     parallelize(swapped, build_mesh(MeshConfig(), 1, "cpu"), config)
+    assert {module.chunks for module in swapped.modules() if hasattr(module, "chunks")} == {chunks}
     losses = [loss(net, inputs) for net in (model, swapped)]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
     sum(losses).backward()
