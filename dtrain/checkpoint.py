@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from dtrain.comm.state import CommState
 from dtrain.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -77,10 +79,17 @@ class Progress:
 class TrainingState:
     """Model, optimizer and EMA as one tree of (sharded) tensors."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA | None,
+        comm: CommState | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.ema = ema
+        self.comm = comm
 
     def tensors(self) -> dict[str, Any]:
         """The live tensors; loading into them in place loads model and EMA."""
@@ -89,7 +98,8 @@ class TrainingState:
             # Hyperparameters belong to the config: only the optimizer's tensors are state.
             "optim": get_optimizer_state_dict(self.model, self.optimizer)["state"],
         }
-        return tree | ({"ema": dict(self.ema.shards)} if self.ema else {})
+        tree |= {"ema": dict(self.ema.shards)} if self.ema else {}
+        return tree | ({"comm": self.comm.tensors()} if self.comm else {})
 
     def load(self, folder: Path) -> None:
         """Fill everything from a checkpoint folder, whatever mesh wrote it.
@@ -97,15 +107,23 @@ class TrainingState:
         Raises:
             ValueError: its optimizer kept moments of another kind.
         """
+        saved = FileSystemReader(folder).read_metadata().state_dict_metadata
         tree = self.tensors()
-        _check_moments(tree["optim"], folder)
+        _check_moments(tree["optim"], saved, folder)
+        if self.comm:
+            tree["comm"] = self.comm.room(_below("comm.", saved))
         load(tree, checkpoint_id=folder)
+        if self.comm:
+            self.comm.load(tree["comm"])
         groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
         set_optimizer_state_dict(self.model, self.optimizer, {"state": tree["optim"], "param_groups": groups})
 
 
-def _check_moments(states: dict[str, Any], folder: Path) -> None:
-    there = FileSystemReader(folder).read_metadata().state_dict_metadata
+def _below(prefix: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
+
+
+def _check_moments(states: dict[str, Any], there: Mapping[str, Any], folder: Path) -> None:
     coded = any("exp_avg_codes" in state for state in states.values())
     if coded != any(key.endswith(".exp_avg_codes") for key in there):
         ours, other = ("8bit", "fp32") if coded else ("fp32", "8bit")

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dtrain.activations.policy import ActivationConfig
 from dtrain.checkpoint import CheckpointConfig
+from dtrain.comm import CommConfig
 from dtrain.ema import EMAConfig
 from dtrain.mesh import MeshConfig
 from dtrain.metrics import MetricsConfig
@@ -64,6 +65,7 @@ class RunConfig:
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,6 +1,6 @@
 """The one place where parallelism is applied to a model, in its one right order.
 
-attention -> norms and MLPs -> activation policy -> compile blocks -> fully_shard bottom-up -> codecs
+attention -> norms and MLPs -> activation policy -> compile blocks -> fully_shard bottom-up -> collectives
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtrain.activations.policy import ActivationConfig, apply_activation_policy
 from dtrain.blocks import find_blocks
+from dtrain.comm import CommConfig, attach
 from dtrain.shard import ShardConfig, shard
 from dtrain.swap.attention import AttentionConfig, swap_attention
 from dtrain.swap.fusion import FusionConfig, swap_fused
@@ -38,6 +39,7 @@ class ParallelConfig:
     activations: ActivationConfig = field(default_factory=ActivationConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
 
 
 def compile_blocks(blocks: Sequence[nn.Module], config: CompileConfig) -> None:
@@ -71,4 +73,5 @@ def parallelize(
     apply_activation_policy(blocks, config.activations)
     compile_blocks(blocks, config.compile)
     shard(model, blocks, mesh, config.shard)
+    attach(model, mesh, config.comm)
     return model

@@ -21,6 +21,7 @@ from dtrain.checkpoint import (
     read_progress,
     resume_folder,
 )
+from dtrain.comm import attached
 from dtrain.config import RunConfig, build_recipe, check_world, to_toml
 from dtrain.dist import World, environment_world_size, process_group
 from dtrain.ema import EMA
@@ -61,7 +62,7 @@ def materialise(recipe: Recipe, config: RunConfig, world: World, mesh: Any) -> n
         model = recipe.build()
     blocks = recipe.blocks(model) if recipe.blocks else None
     parallel = ParallelConfig(
-        config.attention, config.fusion, config.activations, config.compile, config.shard
+        config.attention, config.fusion, config.activations, config.compile, config.shard, config.comm
     )
     parallelize(model, mesh, parallel, blocks)
     model.to_empty(device=world.device)
@@ -86,7 +87,10 @@ class Trainer:
         self.model = materialise(recipe, config, world, self.mesh)
         self.optimizer = build_optimizer(self.model, config.optim, config.seed)
         self.ema = EMA(self.model, config.ema) if config.ema.enabled else None
-        self.state = TrainingState(self.model, self.optimizer, self.ema)
+        self.comm = attached(self.model)
+        self.state = TrainingState(
+            self.model, self.optimizer, self.ema, self.comm.state if self.comm else None
+        )
         # Saving runs collectives on a background thread, which needs a group of its own.
         self.checkpointer = Checkpointer(
             config.run_dir / "checkpoints", config.checkpoint, dist.new_group(backend="gloo"), world.is_main
@@ -94,6 +98,7 @@ class Trainer:
         self.skipped: set[tuple[str, str]] = set()
         self.fingerprint = self._agreed_fingerprint()
         self.progress = self._resume()
+        self._metered = self.progress.step
 
     def run(self) -> None:
         """Train to the last step, saving and sampling on the way."""
@@ -122,6 +127,8 @@ class Trainer:
     def _step(self, step: int, batches: list[Batch], log: NullLog) -> None:
         config = self.config
         lr = set_learning_rate(self.optimizer, config.optim, step, config.train.steps)
+        if self.comm:
+            self.comm.meter.sample = log.due(step + 1)
         result = train_step(
             self.model,
             self.recipe,
@@ -147,6 +154,7 @@ class Trainer:
     def _log_step(self, step: int, batches: list[Batch], log: NullLog, **values: Any) -> None:
         if log.due(step):
             values["loss"] = mean_over(self.mesh, values["loss"])
+            values |= self._wire(step)
         tokens = self.recipe.tokens
         log.step(
             step,
@@ -155,6 +163,13 @@ class Trainer:
             flops=self.world.size * training_flops(sum(map(self.recipe.flops, batches))),
             **values,
         )
+
+    def _wire(self, step: int) -> dict[str, float]:
+        """What this rank's collectives sent and lost since the last record."""
+        if self.comm is None or self.comm.scheme is None:
+            return {}
+        steps, self._metered = step - self._metered, step
+        return self.comm.meter.read(steps)
 
     def _after_step(self, step: int, log: NullLog) -> None:
         config, last = self.config, step == self.config.train.steps
@@ -251,5 +266,7 @@ class Trainer:
             f"{shard} (replicate x shard), compute in {dtype}, {self.accumulation} micro-batch(es) of "
             f"{config.train.micro_batch} per rank and step"
         )
+        for line in self.comm.said if self.comm else ():
+            log.note(f"comm: {line}")
         if self.progress.step:
             log.note(f"resumed at step {self.progress.step}, sample {self.progress.sample}")
