@@ -12,8 +12,9 @@ precision of fp32: 2·2·64 FLOPs an element, against 5 bytes or more. That stay
 GPU that does 52 tf32 FLOPs a byte (A100: 77, H100: 148, by their data sheets). fp16 and bf16 that are rotated
 as they come need the first product only.
 
-A program owns some blocks, each as two halves: the pairs that 4-bit codes share bytes with, and those that a
-rotation of a whole block adds and subtracts. So nothing is moved between threads but the largest magnitude.
+A program owns some blocks of a row, each as two halves: the pairs that 4-bit codes share bytes with, and
+those that a rotation of a whole block adds and subtracts. So nothing is moved between threads but the largest
+magnitude. Rows are the grid's second axis.
 
 In a kernel: G blocks of a program, B elements of a block, W half of B; a, b the halves (G, W); i_ index,
 o_ offsets, m_ mask, p_ pointer.
@@ -26,14 +27,21 @@ from dtrain.kernels.rounding import from_minifloat, random_bits, to_minifloat
 
 __all__ = ["decode_kernel", "decode_sum_encode_kernel", "encode_kernel"]
 
-_NUMBERS = ["n", "n_residual", "k", "stride", "factor", "seed", "first"]
+_NUMBERS = ["n", "n_residual", "k", "stride", "stride_k", "stride_row", "factor", "seed", "first"]
 
 
 @triton.jit
 def _blocks(n, UNIT: tl.constexpr, B: tl.constexpr, G: tl.constexpr):
-    """This program's blocks (G,), how many there are in all, and the elements that they cover, int64."""
+    """This program's row, its blocks (G,) there, how many a row has, and a row's elements; all int64."""
     elements = n.to(tl.int64) * UNIT
-    return tl.program_id(0).to(tl.int64) * G + tl.arange(0, G), tl.cdiv(elements, B), elements
+    i_block = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    return tl.program_id(1).to(tl.int64), i_block, tl.cdiv(elements, B), elements
+
+
+@triton.jit
+def _payload(p, i, stride):
+    """Where the i-th of payloads begins that are `stride` times 16 bytes apart."""
+    return p + i * stride.to(tl.int64) * 16
 
 
 @triton.jit
@@ -208,35 +216,54 @@ def _quantise(
     return a, b
 
 
+@triton.jit
+def _residual(p, i_row, blocks, n, B: tl.constexpr):
+    """Where a row's residual begins: of n elements, or of bytes, a payload of int8."""
+    if p.dtype.element_ty == tl.uint8:
+        n = blocks * B + (blocks + 7) // 8 * 16
+    return p + i_row * n
+
+
+@triton.jit
+def _with_residual(p, i_block, blocks, n, a, b, B: tl.constexpr):
+    if p.dtype.element_ty == tl.uint8:
+        ra, rb = _read(p, i_block, blocks, B, 127)
+    else:
+        ra, rb = _load(p, i_block, n, B)
+    return a + ra, b + rb
+
+
+@triton.jit
+def _keep_residual(p, i_block, blocks, n, a, b, B: tl.constexpr):
+    if p.dtype.element_ty == tl.uint8:
+        _quantise(p, i_block, blocks, a, b, 0, 0, B, 127, False)
+    else:
+        _store(p, i_block, n, a, b, B)
+
+
 @triton.jit(do_not_specialize=_NUMBERS)
 def encode_kernel(
-    X, MINUS, RESIDUAL, PAYLOAD, n, n_residual, seed, first,
+    X, MINUS, RESIDUAL, PAYLOAD, n, n_residual, stride, seed, first,
     B: tl.constexpr, LARGEST: tl.constexpr, ROTATION: tl.constexpr, SHORT: tl.constexpr,
     STOCHASTIC: tl.constexpr, UNIT: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """MINUS and RESIDUAL may be None; a RESIDUAL of bytes is a payload of int8. Sizes count UNIT elements."""
-    i_block, blocks, n = _blocks(n, UNIT, B, G)
-    a, b = _load(X, i_block, n, B)
+    """MINUS and RESIDUAL may be None. Sizes count UNIT elements, the stride of rows of PAYLOAD 16 bytes."""
+    i_row, i_block, blocks, n = _blocks(n, UNIT, B, G)
+    a, b = _load(X + i_row * n, i_block, n, B)
     if MINUS is not None:
-        ma, mb = _load(MINUS, i_block, n, B)
+        ma, mb = _load(MINUS + i_row * n, i_block, n, B)
         a -= ma
         b -= mb
     if ROTATION > 0:
         a, b = _rotate(a, b, ROTATION, SHORT)
     if RESIDUAL is not None:
-        if RESIDUAL.dtype.element_ty == tl.uint8:
-            ra, rb = _read(RESIDUAL, i_block, blocks, B, 127)
-        else:
-            n_residual = n_residual.to(tl.int64) * UNIT
-            ra, rb = _load(RESIDUAL, i_block, n_residual, B)
-        a += ra
-        b += rb
-    a, b = _quantise(PAYLOAD, i_block, blocks, a, b, seed, first, B, LARGEST, STOCHASTIC)
+        n_residual = n_residual.to(tl.int64) * UNIT
+        p_residual = _residual(RESIDUAL, i_row, blocks, n_residual, B)
+        a, b = _with_residual(p_residual, i_block, blocks, n_residual, a, b, B)
+    p = _payload(PAYLOAD, i_row, stride)
+    a, b = _quantise(p, i_block, blocks, a, b, seed, first + i_row * blocks * B, B, LARGEST, STOCHASTIC)
     if RESIDUAL is not None:
-        if RESIDUAL.dtype.element_ty == tl.uint8:
-            _quantise(RESIDUAL, i_block, blocks, a, b, seed, first, B, 127, False)
-        else:
-            _store(RESIDUAL, i_block, n_residual, a, b, B)
+        _keep_residual(p_residual, i_block, blocks, n_residual, a, b, B)
 
 
 @triton.jit
@@ -245,7 +272,7 @@ def _sum(p, i_block, blocks, k, stride, factor, G: tl.constexpr, B: tl.constexpr
     a = tl.full([G, B // 2], -0.0, tl.float32)  # the one number that changes no other, the sign of zero too
     b = a
     for i in range(k):
-        pa, pb = _read(p + i * stride.to(tl.int64) * 16, i_block, blocks, B, LARGEST)
+        pa, pb = _read(_payload(p, i, stride), i_block, blocks, B, LARGEST)
         a += pa
         b += pb
     return a * factor, b * factor
@@ -253,34 +280,43 @@ def _sum(p, i_block, blocks, k, stride, factor, G: tl.constexpr, B: tl.constexpr
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def decode_kernel(
-    PAYLOADS, OUT, n, k, stride, factor,
+    PAYLOADS, OUT, n, k, stride_k, stride_row, factor,
     B: tl.constexpr, LARGEST: tl.constexpr, ROTATION: tl.constexpr, ADD: tl.constexpr,
     UNIT: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Into OUT, or with ADD onto what it holds. `stride` of payloads in units of 16 bytes."""
-    i_block, blocks, n = _blocks(n, UNIT, B, G)
-    a, b = _sum(PAYLOADS, i_block, blocks, k, stride, factor, G, B, LARGEST)
+    """Into OUT, or with ADD onto what it holds. Strides of PAYLOADS count 16 bytes."""
+    i_row, i_block, blocks, n = _blocks(n, UNIT, B, G)
+    a, b = _sum(_payload(PAYLOADS, i_row, stride_row), i_block, blocks, k, stride_k, factor, G, B, LARGEST)
     if ROTATION > 0:
         a, b = _rotate(a, b, ROTATION, False)
+    p = OUT + i_row * n
     if ADD:
-        oa, ob = _load(OUT, i_block, n, B)
+        oa, ob = _load(p, i_block, n, B)
         a += oa
         b += ob
-    _store(OUT, i_block, n, a, b, B)
+    _store(p, i_block, n, a, b, B)
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def decode_sum_encode_kernel(
-    PAYLOADS, PAYLOAD, n, k, stride, factor, seed, first,
+    PAYLOADS, RESIDUAL, PAYLOAD, n, n_residual, k, stride_k, stride_row, stride, factor, seed, first,
     B: tl.constexpr, LARGEST_IN: tl.constexpr, LARGEST: tl.constexpr,
     ROTATION_IN: tl.constexpr, ROTATION: tl.constexpr, STOCHASTIC: tl.constexpr,
     UNIT: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    i_block, blocks, _ = _blocks(n, UNIT, B, G)
-    a, b = _sum(PAYLOADS, i_block, blocks, k, stride, factor, G, B, LARGEST_IN)
+    """From `decode_kernel`'s sum on as `encode_kernel`."""
+    i_row, i_block, blocks, _ = _blocks(n, UNIT, B, G)
+    a, b = _sum(_payload(PAYLOADS, i_row, stride_row), i_block, blocks, k, stride_k, factor, G, B, LARGEST_IN)
     if ROTATION_IN != ROTATION:
         if ROTATION_IN > 0:
             a, b = _rotate(a, b, ROTATION_IN, False)
         if ROTATION > 0:
             a, b = _rotate(a, b, ROTATION, False)
-    _quantise(PAYLOAD, i_block, blocks, a, b, seed, first, B, LARGEST, STOCHASTIC)
+    if RESIDUAL is not None:
+        n_residual = n_residual.to(tl.int64) * UNIT
+        p_residual = _residual(RESIDUAL, i_row, blocks, n_residual, B)
+        a, b = _with_residual(p_residual, i_block, blocks, n_residual, a, b, B)
+    p = _payload(PAYLOAD, i_row, stride)
+    a, b = _quantise(p, i_block, blocks, a, b, seed, first + i_row * blocks * B, B, LARGEST, STOCHASTIC)
+    if RESIDUAL is not None:
+        _keep_residual(p_residual, i_block, blocks, n_residual, a, b, B)

@@ -50,21 +50,22 @@ def _launch(arch: str, n: int, block: int, *rotations: int) -> tuple[dict[str, A
     return {"B": block, "G": blocks, "UNIT": 1 if n % 16 else 16}, options
 
 
-def _grid(n: int, constants: dict[str, Any]) -> tuple[int]:
-    return (-(-n // (constants["B"] * constants["G"])),)
+def _grid(rows: int, n: int, constants: dict[str, Any]) -> tuple[int, int]:
+    return -(-n // (constants["B"] * constants["G"])), rows
 
 
 def encode(
     x: Tensor, payload: Tensor, minus: Tensor | None, residual: Tensor | None, format: Format,
     seed: int | None, first: int,
 ) -> None:  # fmt: skip
-    """`quantize_reference.encode`."""
-    n = x.numel()
+    """`quantize_reference.encode` of rows (m, n) in one launch."""
+    rows, n = x.shape
     constants, options = _launch(arch_of(x.device), n, format.block, format.rotation)
     unit = constants["UNIT"]
     with torch.cuda.device_of(x):
-        quantize_kernels.encode_kernel[_grid(n, constants)](
-            x, minus, residual, payload, n // unit, residual_numel(n, format) // unit, seed or 0, first,
+        quantize_kernels.encode_kernel[_grid(rows, n, constants)](
+            x, minus, residual, payload, n // unit, residual_numel(n, format) // unit,
+            payload.stride(0) // 16, seed or 0, first,
             **constants, **_encoding(format, x.dtype, minus is not None, seed is not None), **options,
         )  # fmt: skip
 
@@ -79,14 +80,18 @@ def _encoding(format: Format, dtype: torch.dtype, minus: bool, stochastic: bool)
 
 
 def decode(payloads: Tensor, out: Tensor, divide: float, format: Format, add: bool = False) -> None:
-    """`quantize_reference.decode_sum`, or with `add` `decode_add`."""
-    n = out.numel()
+    """`quantize_reference.decode_sum`, or with `add` `decode_add`, of rows: payloads (k, m, bytes)."""
+    rows, n = out.shape
     constants, options = _launch(arch_of(out.device), n, format.block, format.rotation)
     with torch.cuda.device_of(out):
-        quantize_kernels.decode_kernel[_grid(n, constants)](
-            payloads, out, n // constants["UNIT"], len(payloads), payloads.stride(0) // 16, 1 / divide,
+        quantize_kernels.decode_kernel[_grid(rows, n, constants)](
+            payloads, out, n // constants["UNIT"], len(payloads), *_strides(payloads), 1 / divide,
             **constants, **_decoding(format, add), **options,
         )  # fmt: skip
+
+
+def _strides(payloads: Tensor) -> tuple[int, int]:
+    return payloads.stride(0) // 16, payloads.stride(1) // 16
 
 
 def _decoding(format: Format, add: bool) -> dict[str, Any]:
@@ -94,18 +99,19 @@ def _decoding(format: Format, add: bool) -> dict[str, Any]:
 
 
 def decode_sum_encode(
-    payloads: Tensor, payload: Tensor, n: int, divide: float, format_in: Format, format_out: Format,
-    seed: int | None, first: int,
+    payloads: Tensor, payload: Tensor, residual: Tensor | None, n: int, divide: float,
+    format_in: Format, format_out: Format, seed: int | None, first: int,
 ) -> None:  # fmt: skip
-    """`quantize_reference.decode_sum_encode`."""
+    """`quantize_reference.decode_sum_encode` of rows: payloads (k, m, bytes)."""
     rotations = {format_in.rotation, format_out.rotation}
     constants, options = _launch(
         arch_of(payload.device), n, format_in.block, *(rotations if len(rotations) == 2 else ())
     )
+    unit = constants["UNIT"]
     with torch.cuda.device_of(payload):
-        quantize_kernels.decode_sum_encode_kernel[_grid(n, constants)](
-            payloads, payload, n // constants["UNIT"], len(payloads), payloads.stride(0) // 16, 1 / divide,
-            seed or 0, first,
+        quantize_kernels.decode_sum_encode_kernel[_grid(len(payload), n, constants)](
+            payloads, residual, payload, n // unit, residual_numel(n, format_out) // unit, len(payloads),
+            *_strides(payloads), payload.stride(0) // 16, 1 / divide, seed or 0, first,
             **constants, **_recoding(format_in, format_out, seed is not None), **options,
         )  # fmt: skip
 
@@ -121,9 +127,9 @@ def _recoding(format_in: Format, format_out: Format, stochastic: bool) -> dict[s
 
 
 _TYPES = {
-    "n": "i32", "n_residual": "i32", "k": "i32", "stride": "i64", "seed": "i64", "first": "i64",
-    "factor": "fp32", "PAYLOAD": "*u8", "PAYLOADS": "*u8", "X": "*fp32", "MINUS": "*bf16",
-    "RESIDUAL": "*fp32", "OUT": "*bf16",
+    "n": "i32", "n_residual": "i32", "k": "i32", "stride": "i64", "stride_k": "i64", "stride_row": "i64",
+    "seed": "i64", "first": "i64", "factor": "fp32", "PAYLOAD": "*u8", "PAYLOADS": "*u8", "X": "*fp32",
+    "MINUS": "*bf16", "RESIDUAL": "*fp32", "OUT": "*bf16",
 }  # fmt: skip
 
 
@@ -148,6 +154,13 @@ def aot_cases() -> Iterator[AotCase]:
             yield _case("decode_add", quantize_kernels.decode_kernel, arch, rotated, _decoding(rotated, True))
             yield _case(
                 "decode_sum_encode",
+                quantize_kernels.decode_sum_encode_kernel,
+                arch,
+                plain,
+                {"RESIDUAL": None} | _recoding(plain, plain, False),
+            )
+            yield _case(
+                "decode_sum_encode with residual",
                 quantize_kernels.decode_sum_encode_kernel,
                 arch,
                 plain,

@@ -94,14 +94,7 @@ def encode(
         v, scratch = _difference(piece, x, minus, own=kept is not None or format.rotation > 0)
         if format.rotation:
             v, scratch = _rotate(piece, v, scratch, format.rotation)
-        if kept is not None:
-            kept.add(piece, v, scratch)
-        written = _quantise(piece, v, scratch, out, format, seed, first)
-        if kept is not None:
-            v.addcmul_(_from_codes(written.codes, format, scratch), written.scales, value=-1)
-            if written.poisoned is not None:
-                v.masked_fill_(written.poisoned[:, None], 0.0)
-            kept.replace(piece, v, scratch)
+        _encode(piece, v, scratch, out, format, kept, seed, first)
 
 
 def _difference(piece: _Piece, x: Tensor, minus: Tensor | None, own: bool) -> tuple[Tensor, Tensor]:
@@ -145,6 +138,22 @@ class _Residual:
             new.copy_(v.view(-1)[: new.numel()])
         else:
             _quantise(piece, v, scratch, self.payload, self.format, None, 0)
+
+
+def _encode(
+    piece: _Piece, v: Tensor, scratch: Tensor, out: Parts, format: Format, kept: _Residual | None,
+    seed: int | None, first: int,
+) -> None:  # fmt: skip
+    """Write codes and scales of v (blocks, B) plus the residual, and the new residual; v is overwritten."""
+    if kept is None:
+        _quantise(piece, v, scratch, out, format, seed, first)
+        return
+    kept.add(piece, v, scratch)
+    written = _quantise(piece, v, scratch, out, format, seed, first)
+    v.addcmul_(_from_codes(written.codes, format, scratch), written.scales, value=-1)
+    if written.poisoned is not None:
+        v.masked_fill_(written.poisoned[:, None], 0.0)
+    kept.replace(piece, v, scratch)
 
 
 def _quantise(
@@ -257,17 +266,18 @@ def _sums(
 
 
 def decode_sum_encode(
-    payloads: Tensor, payload: Tensor, n: int, divide: float, format_in: Format, format_out: Format,
-    seed: int | None, first: int,
+    payloads: Tensor, payload: Tensor, residual: Tensor | None, n: int, divide: float,
+    format_in: Format, format_out: Format, seed: int | None, first: int,
 ) -> None:  # fmt: skip
     """`decode_sum` and `encode` in one, see `quantize.decode_sum_encode`."""
     out = parts(payload, n, format_out)
     out.padding.zero_()
+    kept = None if residual is None else _Residual(residual, n, format_out.block)
     for piece, v, scratch in _sums(payloads, n, divide, format_in):
         if format_in.rotation != format_out.rotation:
             for order in filter(None, (format_in.rotation, format_out.rotation)):
                 v, scratch = _rotate(piece, v, scratch, order)
-        _quantise(piece, v, scratch, out, format_out, seed, first)
+        _encode(piece, v, scratch, out, format_out, kept, seed, first)
 
 
 def decode_add(payload: Tensor, into: Tensor, format: Format) -> None:

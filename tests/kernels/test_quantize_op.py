@@ -63,6 +63,11 @@ def test_parameters_are_taken_as_they_are_and_writes_are_seen(backend: Any) -> N
         decode_add(payload, 256, format, into, backend=backend)
         encode(x, format, out=payload, residual=residual, backend=backend)
     assert all(t._version > v for t, v in zip((into, residual, payload), versions, strict=True))
+    versions = [t._version for t in (residual, payload)]
+    decode_sum_encode(
+        payload.clone()[None], 256, format, format, out=payload, residual=residual, backend=backend
+    )
+    assert all(t._version > v for t, v in zip((residual, payload), versions, strict=True))
     with torch.inference_mode():
         assert encode(x, format).equal(encode(x.detach().clone(), format))
 
@@ -70,17 +75,18 @@ def test_parameters_are_taken_as_they_are_and_writes_are_seen(backend: Any) -> N
 @pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_triton), False])
 @pytest.mark.parametrize("format", [Format("int8"), Format("int4", 64, 32)])
 def test_operators_keep_their_promises(format: Format, kernel: bool) -> None:
-    n, how = 200, (format.bits, format.block, format.rotation)
-    x, payload = draw(n), torch.zeros(payload_bytes(n, format), dtype=torch.uint8)
-    residual = torch.zeros(residual_numel(n, format))
-    for extra in ((None, None), (draw(n, seed=1), residual)):
+    m, n, how = 2, 200, (format.bits, format.block, format.rotation)
+    x, payload = draw(m * n).view(m, n), torch.zeros(m, payload_bytes(n, format), dtype=torch.uint8)
+    residual = torch.zeros(m, residual_numel(n, format))
+    for extra in ((None, None), (0.5 * x, residual)):
         torch.library.opcheck(OPS.quantize_encode, (x, payload, *extra, *how, 5, format.block, kernel))
-    payloads = torch.stack([encode(x, format), encode(draw(n, seed=1), format)])
-    out = torch.zeros(n)
+    payloads = torch.stack([encode(x, format), encode(2 * x, format)])
+    out = torch.zeros(m, n)
     torch.library.opcheck(OPS.quantize_decode_sum, (payloads, out, *how, 2.0, kernel))
     torch.library.opcheck(OPS.quantize_decode_add, (payloads[0].clone(), out, *how, kernel))
-    again = (payloads, payload, n, *how[::2], *how, 2.0, None, 0, kernel)
-    torch.library.opcheck(OPS.quantize_decode_sum_encode, again)
+    for kept in (None, residual):
+        again = (payloads, payload, kept, n, *how[::2], *how, 2.0, None, 0, kernel)
+        torch.library.opcheck(OPS.quantize_decode_sum_encode, again)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("triton", marks=needs_triton)])
@@ -115,6 +121,10 @@ def test_bytes_are_those_of_the_tensors() -> None:
     wide = Format("int8", 128)
     again = decode_sum_encode(payloads, n, format, wide)
     assert module.decode_sum_encode_bytes(n, format, wide, k) == payloads.nbytes + again.nbytes
+    kept = 2 * residual.nbytes
+    assert module.decode_sum_encode_bytes(n, wide, format, k, residual=4) == (
+        module.decode_sum_encode_bytes(n, wide, format, k) + kept
+    )
     assert module.decode_add_bytes(n, format, into=2) == payload.nbytes + 2 * out.nbytes
 
 
@@ -135,28 +145,44 @@ def test_formats_that_there_are_not(given: dict[str, Any], message: str) -> None
 X = torch.zeros(256)
 INT8 = Format("int8")
 PAYLOAD = torch.zeros(payload_bytes(256, INT8), dtype=torch.uint8)
+TWO = X.view(2, 128)
+ROWS = torch.zeros(2, 280, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: encode(X.double(), INT8), "x has dtype torch.float64: must be one of torch.float32"),
-        (lambda: encode(X.view(2, 128), INT8), r"x \(2, 128\): must be contiguous \(256,\)"),
+        (lambda: encode(X.view(2, 2, 64), INT8), r"x \(2, 2, 64\): must be \(n,\), or \(m, n\)"),
         (lambda: encode(X[::2], INT8), r"x \(128,\) and not contiguous"),
-        (lambda: encode(X, INT8, out=PAYLOAD[:-16]), r"out \(256,\): must be contiguous \(272,\)"),
+        (lambda: encode(X, INT8, out=PAYLOAD[:-16]), r"out \(256,\): must be \(272,\)"),
+        (lambda: encode(TWO, INT8, out=PAYLOAD), r"out \(272,\): must be \(2, 144\)"),
+        (
+            lambda: encode(X.view(2, 128), INT8, residual=X),
+            r"residual \(256,\): must be contiguous \(2, 128\)",
+        ),
+        (
+            lambda: encode(X.view(2, 128), INT8, out=ROWS[:, :144]),
+            r"out has strides \(280, 1\): must be 1 at",
+        ),
         (lambda: encode(X, INT8, minus=X[:5]), r"minus \(5,\)"),
         (lambda: encode(X[:100], Format("int8", 128, 64), residual=X[:100]), r"residual \(100,\).*\(128,\)"),
         (lambda: encode(X, INT8, residual=PAYLOAD[:16]), r"residual \(16,\).*\(272,\)"),
         (lambda: encode(X, INT8, seed=-1), "seed = -1"),
         (lambda: encode(X, INT8, seed=1, first=64), "first = 64: must be a multiple of the block, 128"),
         (lambda: encode(X, INT8, backend="cuda"), "backend = 'cuda'"),
-        (lambda: decode(PAYLOAD, 300, INT8), r"payload \(272,\): must be contiguous \(400,\)"),
+        (lambda: decode(PAYLOAD, 300, INT8), r"payload \(272,\): must be \(400,\)"),
         (lambda: decode(torch.zeros(273, dtype=torch.uint8)[1:], 256, INT8), "payloads begins at address"),
         (lambda: decode(PAYLOAD, 256, INT8, dtype=torch.float16, out=X), "dtype = torch.float16: out has"),
         (lambda: decode(PAYLOAD, 256, INT8, dtype=torch.int32), "out has dtype torch.int32"),
         (lambda: decode_sum(PAYLOAD, 256, INT8), r"payloads \(272,\): must be \(k, 272\)"),
         (lambda: decode_sum(PAYLOAD[None], 256, INT8, divide=0), "divide = 0: must be above 0"),
-        (lambda: decode_sum(torch.zeros(2, 280, dtype=torch.uint8)[:, :272], 256, INT8), "strides"),
+        (lambda: decode_sum(ROWS[:, :272], 256, INT8), r"payloads has strides \(280, 1\)"),
+        (lambda: decode_sum(PAYLOAD[None], 256, INT8, out=X.view(1, 256)), r"out \(1, 256\)"),
+        (
+            lambda: decode_sum_encode(PAYLOAD[None], 256, INT8, INT8, residual=X[:5]),
+            r"residual \(5,\): must be contiguous \(256,\)",
+        ),
         (lambda: decode_sum_encode(PAYLOAD[None], 256, INT8, Format("int8", 64)), "block = 64 of format_out"),
         (lambda: decode_add(PAYLOAD, 256, INT8, X[:7]), r"into \(7,\)"),
     ],
