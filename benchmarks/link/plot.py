@@ -1,0 +1,90 @@
+"""The picture of a run: step time and gain against the rate, with fitted lines and break-evens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from benchmarks.link.result import LinkRun, RateResult
+from benchmarks.link.workload import BASELINES, VARIANTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot"]
+
+_UNLIMITED = 4.0  # times the highest rate: where unlimited is drawn
+
+
+def plot(run: LinkRun, path: Path) -> None:
+    """Draw step times (with their fits and break-evens) and gains; log axes but for gains."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in VARIANTS if any(name in rate.variants for rate in run.rates)]
+    figure = Figure(figsize=(12, 5), layout="constrained", dpi=130)
+    times, gains = figure.subplots(1, 2)
+    for name in names:
+        _step_times(times, run, name, f"C{VARIANTS.index(name)}")
+        _gains(gains, run.rates, name, f"C{VARIANTS.index(name)}")
+    times.set_yscale("log")
+    times.set_ylabel("step, s")
+    times.set_title("step time; thin: fitted bytes / rate + rest, stars: fitted break-evens", fontsize=9)
+    gains.set_ylabel("times the baseline's speed")
+    gains.axhline(1, color="black", linewidth=0.8)
+    gains.set_title("gain over the faster of FSDP2 in bf16 and the preset bf16", fontsize=9)
+    for axes in (times, gains):
+        _rate_axis(axes, run.rates)
+    times.legend(frameon=False, fontsize=8)
+    million = f"{run.parameters / 1e6:.0f} M parameters"
+    figure.suptitle(f"{run.hosts} hosts, {million}, TCP between namespaces on {run.device.count} cores")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _place(rate: RateResult, rates: Sequence[RateResult]) -> float:
+    """Where a rate stands on the axis, in Gbit/s."""
+    if rate.asked_bits_per_s is not None:
+        return fmean(rate.achieved_bits_per_s) / 1e9
+    return _UNLIMITED * max((r.asked_bits_per_s or 0.0 for r in rates), default=0.0) / 1e9 or 1.0
+
+
+def _step_times(axes: "Axes", run: LinkRun, name: str, color: str) -> None:
+    measured = sorted((_place(r, run.rates), r) for r in run.rates if name in r.variants)
+    places = [place for place, _ in measured]
+    steps = [rate.variants[name].step_ms for _, rate in measured]
+    values = [step.value / 1e3 for step in steps]
+    spread = [
+        [(s.value - min(s.samples)) / 1e3 for s in steps],
+        [(max(s.samples) - s.value) / 1e3 for s in steps],
+    ]
+    dashes = "--" if name in BASELINES or name == "fsdp2-fp32" else "-"
+    axes.errorbar(places, values, spread, color=color, marker="o", markersize=4, linestyle=dashes,
+                  linewidth=1.6, capsize=2, label=name)  # fmt: skip
+    fit = run.fits.get(name)
+    if fit is None:
+        return
+    first, last = places[0], places[-1]
+    grid = [first * (last / first) ** (i / 60) for i in range(61)]
+    axes.plot(grid, [fit.seconds(x * 1e9) for x in grid], color=color, linewidth=0.6)
+    if fit.break_even_bits_per_s:
+        at = fit.break_even_bits_per_s / 1e9
+        if first <= at <= last:
+            axes.plot([at], [fit.seconds(at * 1e9)], color=color, marker="*", markersize=13)
+
+
+def _gains(axes: "Axes", rates: Sequence[RateResult], name: str, color: str) -> None:
+    points = sorted((_place(rate, rates), 1.0 if v.gain is None else v.gain.value)
+                    for rate in rates if (v := rate.variants.get(name)))  # fmt: skip
+    axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=4, linewidth=1.6)
+
+
+def _rate_axis(axes: "Axes", rates: Sequence[RateResult]) -> None:
+    axes.set_xscale("log")
+    places = [_place(rate, rates) for rate in rates]
+    words = ["unlimited" if r.asked_bits_per_s is None else f"{r.asked_bits_per_s / 1e9:g}" for r in rates]
+    axes.set_xticks(places, words)
+    axes.minorticks_off()
+    axes.set_xlabel("rate of each host, each way, Gbit/s")
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
