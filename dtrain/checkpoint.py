@@ -112,11 +112,17 @@ class TrainingState:
         _check_moments(tree["optim"], saved, folder)
         if self.comm:
             tree["comm"] = self.comm.room(_below("comm.", saved))
+        states = tree["optim"]
+        tree["optim"] = {name: state for name, state in states.items() if _below(f"optim.{name}.", saved)}
         load(tree, checkpoint_id=folder)
         if self.comm:
             self.comm.load(tree["comm"])
         groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
-        set_optimizer_state_dict(self.model, self.optimizer, {"state": tree["optim"], "param_groups": groups})
+        set_optimizer_state_dict(self.model, self.optimizer, {"state": states, "param_groups": groups})
+        # A parameter that had no gradient yet had no state either.
+        for name, parameter in self.model.named_parameters():
+            if name in states and name not in tree["optim"]:
+                self.optimizer.state.pop(parameter, None)
 
 
 def _below(prefix: str, saved: Mapping[str, Any]) -> dict[str, Any]:

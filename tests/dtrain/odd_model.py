@@ -1,0 +1,92 @@
+"""A small model with all that makes collectives hard: odd sizes, tiny, frozen, unused and tied parameters."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+WIDTH, HIDDEN, BATCH = 50, 203, 4
+
+
+def digest(tensor: Tensor) -> str:
+    # A clone: FSDP2 cannot free storage that NumPy has looked at.
+    numbers = tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
+
+
+class Block(nn.Module):
+    """Notes the weights that it computes with, forward and backward, and lets gradients be tampered with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.frozen, self.unused = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 31)
+        self.frozen.requires_grad_(False)
+        self.seen: dict[str, list[str]] = {"forward": [], "backward": []}
+        self.weights: dict[str, Tensor] = {}
+        self.tamper: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(self.norm(x) + self.frozen(x))
+        self.seen["forward"].append(digest(self.fc1.weight))
+        self.weights = {name: p.detach().clone() for name, p in self.named_parameters()}
+        if hidden.requires_grad:
+            hidden.register_hook(self._backward)
+        return x + self.fc2(nn.functional.gelu(hidden))
+
+    def _backward(self, gradient: Tensor) -> Tensor:
+        self.seen["backward"].append(digest(self.fc1.weight))
+        return self.tamper(gradient) if self.tamper else gradient
+
+
+class Odd(nn.Module):
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head.weight = self.embed.weight
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.weights: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weights = {
+            name: p.detach().clone() for name, p in self.named_parameters() if "block" not in name
+        }
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def build(depth: int = 3, seed: int = 0) -> Odd:
+    torch.manual_seed(seed)
+    return Odd(depth)
+
+
+def sharded(
+    world: int, replicate: int = 1, depth: int = 3, dtype: torch.dtype = torch.float32, reshard: Any = True
+) -> tuple[Odd, DeviceMesh]:
+    model = build(depth)
+    if replicate == 1:
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+    else:
+        sizes = (replicate, world // replicate)
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=mixed)
+    return model, mesh
+
+
+def inputs(rank: int, world: int, step: int = 0) -> Tensor:
+    """A rank's part of the step's batch, which is the same for 1, 2 and 4 ranks."""
+    batch = torch.randn(4 * BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
+    return batch.chunk(world)[rank]
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x).float() - x.roll(1, dims=1)).square().mean()
