@@ -1,0 +1,1 @@
+"""What compressed communication does to the loss: `python -m benchmarks.accuracy --help`."""
