@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.environment import describe_device, git_state, versions
 from benchmarks.link.fit import fit_line, with_break_evens
 from benchmarks.link.hosts import Hosts, Unavailable, hosts
-from benchmarks.link.launch import ENVIRONMENT, run_job
+from benchmarks.link.launch import ENVIRONMENT, HostFailed, run_job
 from benchmarks.link.plot import plot
 from benchmarks.link.rate import parse_rate, rate_name
 from benchmarks.link.result import (
@@ -63,7 +63,7 @@ reading it:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 where the machine or an argument does not fit."""
+    """The command line; returns the exit status: 1 where a host failed, 2 where an argument does not fit."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = _parser().parse_args(argv)
     try:
@@ -78,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Unavailable, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except HostFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -113,10 +116,12 @@ def _measure(arguments: argparse.Namespace) -> LinkRun:
     rates = [parse_rate(text) for text in (["1gbit"] if arguments.smoke else arguments.rates)]
     variants = tuple(dict.fromkeys(arguments.variants))
     check_variants(variants)
+    run = _empty_run(arguments)
+    _ = run.workload.config  # sizes that do not fit are refused here
     if arguments.rounds is not None and arguments.rounds < 1:
         raise ValueError(f"rounds = {arguments.rounds}: must be 1 or more")
     out: Path = arguments.out
-    begun, run = time.perf_counter(), _empty_run(arguments)
+    begun = time.perf_counter()
     with hosts(run.hosts, None, run.delay_ms) as made:
         run = replace(run, congestion_control=made.congestion_control())
         for index, rate in enumerate(rates):

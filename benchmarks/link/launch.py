@@ -19,7 +19,7 @@ from benchmarks.link.records import RankRecord
 from benchmarks.link.workload import Job
 from benchmarks.schema import decode
 
-__all__ = ["ENVIRONMENT", "run_job"]
+__all__ = ["ENVIRONMENT", "HostFailed", "run_job"]
 
 ENVIRONMENT: Mapping[str, str] = {
     "OMP_NUM_THREADS": "1",
@@ -36,6 +36,10 @@ ENVIRONMENT: Mapping[str, str] = {
 _PORT = 29400
 
 
+class HostFailed(RuntimeError):
+    """A host's process ended with an error; says which, and the end of its log."""
+
+
 def run_job(job: Job, hosts: Hosts, environment: Mapping[str, str]) -> list[RankRecord]:
     """Run `worker` on all hosts and return what each rank recorded.
 
@@ -43,7 +47,7 @@ def run_job(job: Job, hosts: Hosts, environment: Mapping[str, str]) -> list[Rank
         job: what to measure; its folder is made, and gets the logs of the hosts.
         environment: of the processes, besides `ENVIRONMENT`.
     Raises:
-        RuntimeError: a host failed; with the end of its log.
+        HostFailed: one of them did.
     """
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,7 @@ def _check(running: list["subprocess.Popen[str]"], out: Path) -> None:
     for host, process in enumerate(running):
         if process.poll():
             log = out / f"host{host}.log"
-            raise RuntimeError(
+            raise HostFailed(
                 f"host {host} failed with status {process.returncode}; its log, {log}, ends:\n"
                 f"{log.read_text()[-3000:]}"
             )

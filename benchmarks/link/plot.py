@@ -54,12 +54,10 @@ def _step_times(axes: "Axes", run: LinkRun, name: str, color: str) -> None:
     places = [place for place, _ in measured]
     steps = [rate.variants[name].step_ms for _, rate in measured]
     values = [step.value / 1e3 for step in steps]
-    spread = [
-        [(s.value - min(s.samples)) / 1e3 for s in steps],
-        [(max(s.samples) - s.value) / 1e3 for s in steps],
-    ]
+    below = [(s.value - min(s.samples)) / 1e3 for s in steps]
+    above = [(max(s.samples) - s.value) / 1e3 for s in steps]
     dashes = "--" if name in BASELINES or name == "fsdp2-fp32" else "-"
-    axes.errorbar(places, values, spread, color=color, marker="o", markersize=4, linestyle=dashes,
+    axes.errorbar(places, values, [below, above], color=color, marker="o", markersize=4, linestyle=dashes,
                   linewidth=1.6, capsize=2, label=name)  # fmt: skip
     fit = run.fits.get(name)
     if fit is None:

@@ -81,9 +81,7 @@ class LinkRun:
     load_average: float = field(metadata={"help": "processes that ran on this machine before the run"})
     seconds: float = field(metadata={"help": "how long the run took"})
     device: Device = field(metadata={"help": "where it ran; all hosts share it"})
-    versions: dict[str, str | None] = field(
-        metadata={"help": "python, torch, ..., kernel; null where absent"}
-    )
+    versions: dict[str, str | None] = field(metadata={"help": "python, torch and so on, and the kernel"})
     commit: str | None = field(metadata={"help": "git commit of the code; null outside a clone"})
     dirty: bool | None = field(metadata={"help": "whether tracked files differed from that commit"})
     date: str = field(metadata={"help": "start, ISO 8601, UTC"})

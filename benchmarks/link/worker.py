@@ -60,25 +60,17 @@ class Trainee:
     def step(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Train on the batch once; returns this rank's loss."""
         noisy, timesteps, target = batch
-        self.optimizer.zero_grad()
         loss = F.mse_loss(self.model(noisy, timesteps).float(), target)
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()  # here, so that no variant's gradients lie about while others run
         return loss.detach()
 
 
 def _sharded(workload: Workload, config: ParallelConfig, source: Trainee | None) -> tuple[nn.Module, int]:
     """A model with the weights that `source` has, or fresh ones; and how many parameters it has."""
     with torch.device("meta"):
-        model = uvit.build(
-            uvit.UViTConfig(
-                input_size=(1, workload.side, workload.side),
-                width=workload.width,
-                depth=workload.depth,
-                heads=workload.heads,
-                final_conv=False,
-            )
-        )
+        model = uvit.build(workload.config)
     count = sum(p.numel() for p in model.parameters())
     mesh = build_mesh(MeshConfig(), dist.get_world_size(), "cpu")
     parallelize(model, mesh, config).to_empty(device="cpu")

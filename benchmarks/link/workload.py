@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
 from dtrain.comm.config import Preset
+from uvit import UViTConfig
 
 __all__ = [
     "BASELINES",
@@ -63,6 +64,17 @@ class Workload:
     heads: int = field(default=12, metadata={"help": "attention heads"})
     side: int = field(default=8, metadata={"help": "height and width of the latents, in patches of 2 × 2"})
     batch: int = field(default=2, metadata={"help": "samples of a host"})
+
+    @property
+    def config(self) -> UViTConfig:
+        """Of the model; raises ValueError where the sizes do not fit each other."""
+        return UViTConfig(
+            input_size=(1, self.side, self.side),
+            width=self.width,
+            depth=self.depth,
+            heads=self.heads,
+            final_conv=False,
+        )
 
     @property
     def tokens(self) -> int:
