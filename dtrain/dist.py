@@ -1,5 +1,6 @@
 """Process groups: one context manager that works under torchrun and without it."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,5 +68,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[World]:
     try:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         yield World(dist.get_rank(), dist.get_world_size(), device, local_size)
+        dist.barrier()
+        gc.collect()
     finally:
         dist.destroy_process_group()

@@ -141,7 +141,7 @@ class DeltaGather(WeightGather):
         self, unit: Unit, codec: Codec, exact: Sequence[bool], session: Session, keep: Literal["bf16", "int8"]
     ) -> None:
         super().__init__(unit, codec, exact, session)
-        self.reference = Reference(keep)
+        self.reference = Reference(keep, sum(unit.numels))
         self._versions: tuple[int, ...] = ()
 
     def gather(self, output: Tensor, group: dist.ProcessGroup) -> None:
@@ -163,15 +163,15 @@ class DeltaGather(WeightGather):
 
     def _begin(self, packing: Packing, group: dist.ProcessGroup) -> int:
         """Gather the saved row of every rank, or its masters, without loss of what the reference can hold."""
-        row = self.reference.row
-        if row is None:
-            row = self.unit.masters()
-            for part in packing.of_rows(row[None]):
+        own = self.reference.saved
+        if own is None:
+            masters = self.unit.masters()[None]
+            for part in packing.of_rows(masters):
                 part.zero_()
-        own = self.reference.pack(row[None])
+            own = self.reference.pack(masters)
         everybody = own.new_empty(group.size(), own.shape[1])
         all_gather(everybody, own, group)
-        self.reference.begin(everybody, packing.numel)
+        self.reference.begin(everybody)
         self._versions = ()
         return own.nbytes
 
@@ -180,7 +180,7 @@ class DeltaGather(WeightGather):
         meter, masters = self.session.meter, self.unit.masters()
         with meter.codec_time(masters.device):
             message = packing.empty(1, masters.device)
-            packing.pack(masters[None], message, minus=self.reference.own(group.rank())[None])
+            packing.pack(masters[None], message, minus=self.reference.own(group.rank()))
         messages = self._exchange(packing, message, group)
         with meter.codec_time(masters.device):
             self.reference.add(packing.payload(messages), packing.codec)

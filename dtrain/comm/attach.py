@@ -7,7 +7,6 @@ Needs nothing else of dtrain: the optimizer, clipping, accumulation and checkpoi
 """
 
 import logging
-import weakref
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -30,7 +29,7 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Comm", "attach", "attached"]
 
-_attached: "weakref.WeakKeyDictionary[nn.Module, Comm]" = weakref.WeakKeyDictionary()
+_ATTRIBUTE = "_dtrain_comm"  # of the model: what is attached lives as long as it does
 
 
 class Comm:
@@ -69,7 +68,7 @@ def attach(model: nn.Module, mesh: DeviceMesh, config: CommConfig) -> Comm:
         ValueError: the model is not sharded by FSDP2, has collectives attached already, or a glob of
             `comm.exact` matches no parameter.
     """
-    if model in _attached:
+    if attached(model) is not None:
         raise ValueError("the model has compressed collectives already: attach once.")
     units = find_units(model)
     per_node = node_size(config.ranks_per_node)
@@ -82,13 +81,14 @@ def attach(model: nn.Module, mesh: DeviceMesh, config: CommConfig) -> Comm:
     if dist.get_rank() == 0:
         for line in said:
             log.info("comm: %s", line)
-    comm = _attached[model] = Comm(scheme, meter, state, said)
+    comm = Comm(scheme, meter, state, said)
+    setattr(model, _ATTRIBUTE, comm)
     return comm
 
 
 def attached(model: nn.Module) -> Comm | None:
     """What `attach` gave for this model; None where it was not called."""
-    return _attached.get(model)
+    return getattr(model, _ATTRIBUTE, None)
 
 
 def _attach_scheme(

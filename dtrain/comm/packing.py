@@ -57,8 +57,7 @@ class Packing:
     def exact(self, messages: Tensor) -> Tensor:
         """The exact numbers of messages (..., message bytes), all of a row one behind another."""
         size = self.exact_numel * self.exact_dtype.itemsize
-        numbers: Tensor = messages.narrow(-1, self.payload_bytes, size).view(self.exact_dtype)
-        return numbers
+        return messages.narrow(-1, self.payload_bytes, size).view(self.exact_dtype)
 
     def pack(
         self, rows: Tensor, out: Tensor, *, minus: Tensor | None = None, residual: Tensor | None = None
@@ -91,8 +90,8 @@ class Packing:
 
     def exact_sum(self, messages: Tensor, divide: float = 1) -> Tensor:
         """(m, exact numbers) fp32."""
-        first, *rest = self.exact(messages)
-        total = first.float() if first.dtype != torch.float32 else first.clone()
+        first, *rest = self.exact(messages).unbind()
+        total = first.to(torch.float32, copy=True)
         for numbers in rest:
             total.add_(numbers)
         return total.mul_(1 / divide) if divide != 1 else total

@@ -1,9 +1,10 @@
 """What compressed collectives remember, for a checkpoint: residuals and references.
 
-A reference is the same on every rank; each stores the part that its own shards are, parameter by parameter,
-as DTensors like them: it loads on any mesh, bit for bit. A residual belongs to a rank; all are stored as one
-tensor (ranks, bytes), sharded over the mesh. On as many ranks a run goes on bit for bit. On another number of
-ranks residuals begin from zero, which is said: gradients of one step lose what rounding took from them.
+A reference is the same on every rank, and each stores the part that its own shards are. In bf16 these are
+DTensors like the parameters, which load on any mesh, bit for bit. Residuals, and references in int8, belong
+to a rank: all are stored as one tensor (ranks, bytes), sharded over the mesh. On as many ranks a run goes on
+bit for bit. On another number of ranks residuals begin from zero and int8 references from the masters, which
+is said: the gradients of one step lose what rounding took from them.
 """
 
 import logging
@@ -59,8 +60,14 @@ class CommState:
                 found[_RESIDUAL + name] = self._of_ranks(tensor)
                 found[_OF + name] = torch.tensor(of)
         for unit, gather in self._gathers:
-            if gather.reference.ready or gather.reference.row is not None:
-                found |= _reference(unit, gather)
+            reference = gather.reference
+            if not (reference.ready or reference.saved is not None):
+                continue
+            packed = reference.packed(unit.shard_group.rank())
+            if reference.by_number:
+                found |= _by_parameter(unit, packed)
+            else:
+                found[_REFERENCE + unit.name] = self._of_ranks(packed[0])
         return found
 
     def room(self, saved: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -70,26 +77,27 @@ class CommState:
             saved: metadata of its tensors by the names that `tensors` gave.
         """
         room: dict[str, Tensor] = {}
-        left = []
-        for name in self._residuals:
-            if _RESIDUAL + name not in saved:
-                continue
-            ranks, size = saved[_RESIDUAL + name].size
+        by_rank = [_RESIDUAL + name for name in self._residuals]
+        by_rank += [
+            _REFERENCE + unit.name for unit, gather in self._gathers if not gather.reference.by_number
+        ]
+        there = {name: saved[name].size for name in by_rank if name in saved}
+        for name, (ranks, size) in there.items():
             if ranks == self.mesh.size():
                 mine = torch.zeros(size, dtype=torch.uint8, device=self.mesh.device_type)
-                room[_RESIDUAL + name] = self._of_ranks(mine)
-                room[_OF + name] = torch.zeros(saved[_OF + name].size, dtype=torch.int64)
-            else:
-                left.append(f"{name} of {ranks} ranks")
-        if left:
+                room[name] = self._of_ranks(mine)
+        if left := there.keys() - room.keys():
             log.warning(
-                "comm: error feedback begins from zero on %d ranks; the checkpoint has it of: %s",
-                self.mesh.size(), "; ".join(left),
+                "comm: on %d ranks these begin anew, the checkpoint has them of another number: %s",
+                self.mesh.size(), ", ".join(sorted(left)),
             )  # fmt: skip
+        for name in self._residuals:
+            if _RESIDUAL + name in room:
+                room[_OF + name] = torch.zeros(saved[_OF + name].size, dtype=torch.int64)
         for unit, gather in self._gathers:
-            for name, _, shard in unit.shards():
+            for name, _, shard in unit.shards() if gather.reference.by_number else ():
                 if _REFERENCE + name in saved:
-                    room[_REFERENCE + name] = torch.empty_like(shard, dtype=gather.reference.stored_dtype)
+                    room[_REFERENCE + name] = torch.empty_like(shard, dtype=torch.bfloat16)
         return room
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -100,9 +108,12 @@ class CommState:
                 of = tuple(tensors[_OF + name].tolist())
                 residual.restore(of, _local(tensors[_RESIDUAL + name])[0])
         for unit, gather in self._gathers:
-            gather.reference.clear()
-            if all(_REFERENCE + name in tensors for name in unit.parameters):
-                gather.reference.row = _row(unit, tensors)
+            reference = gather.reference
+            reference.clear()
+            if _REFERENCE + unit.name in tensors:
+                reference.saved = _local(tensors[_REFERENCE + unit.name])
+            elif all(_REFERENCE + name in tensors for name in unit.parameters):
+                reference.saved = reference.pack(_row(unit, tensors))
 
     def _of_ranks(self, mine: Tensor) -> Tensor:
         """(ranks, size), of which this rank has its row (size,)."""
@@ -116,9 +127,9 @@ class CommState:
         )
 
 
-def _reference(unit: Unit, gather: DeltaGather) -> dict[str, Tensor]:
-    """This rank's shards of a reference, as DTensors like the parameters."""
-    row = gather.reference.own(unit.shard_group.rank())
+def _by_parameter(unit: Unit, packed: Tensor) -> dict[str, Tensor]:
+    """This rank's row (1, bytes) of a reference in bf16, as DTensors like the parameters."""
+    row = packed.view(torch.bfloat16)[0]
     found: dict[str, Tensor] = {}
     for name, start, shard in unit.shards():
         local = _local(shard)
@@ -134,11 +145,11 @@ def _reference(unit: Unit, gather: DeltaGather) -> dict[str, Tensor]:
 
 
 def _row(unit: Unit, tensors: Mapping[str, Tensor]) -> Tensor:
-    """This rank's row (n,) of a reference, from its shards."""
-    row = torch.zeros(sum(unit.numels), device=unit.device)
+    """This rank's row (1, n) of a reference, from its shards."""
+    row = torch.zeros(1, sum(unit.numels), device=unit.device)
     for name, start, _ in unit.shards():
         local = _local(tensors[_REFERENCE + name])
-        row[start : start + local.numel()].copy_(local.view(-1))
+        row[0, start : start + local.numel()].copy_(local.view(-1))
     return row
 
 

@@ -1,6 +1,6 @@
-"""Run under torchrun: compressed collectives on real ranks; writes what each scenario measured on each rank.
+"""Run under torchrun: compressed collectives on real ranks; writes what each measured, by rank.
 
-Arguments: the file that rank 0 writes, a folder for checkpoints, scenarios ("name" or "name:preset:option=1").
+Arguments: the file that rank 0 writes, a folder for checkpoints, scenarios ("name:preset:option=1").
 """
 
 import json
@@ -303,7 +303,7 @@ def _options(texts: list[str]) -> dict[str, Any]:
 
 def main(out: str, folder: str, *scenarios: str) -> None:
     results: dict[str, list[Any]] = {}
-    with process_group(60) as world:
+    with process_group(200) as world:
         for scenario in scenarios:
             name, preset, *texts = scenario.split(":")
             options = _options(texts)
