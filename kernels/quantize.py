@@ -5,7 +5,8 @@
     decode_sum_encode   the same, encoded again for the next hop, with error feedback as well
     decode_add          into += H(D(payload))
 
-Formats and layout are in `payload`; `quantize_reference` is the definition, and what runs on a CPU. All of it
+Formats and layout are in `payload`; `quantize_reference` is the definition. A GPU has the kernels of
+`quantize_kernels`; a CPU loops that a compiler makes of `quantize_cpu.cpp`, where there is one. All of it
 is bound by memory. Bytes moved by a row, for n elements and p = `payload_bytes(n, format)`:
 
     encode              n·(x + minus + 2·residual) + p
@@ -21,13 +22,15 @@ Every rank that decodes a payload gets the same bits; a rank that keeps its own 
 others. Nothing here is differentiable: tensors that ask for a gradient are taken as they are.
 """
 
+import functools
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtrain.kernels import quantize_launch as kernels
-from dtrain.kernels import quantize_reference as reference
+from dtrain.kernels import quantize_cpu, quantize_launch, quantize_reference
 from dtrain.kernels.op import Operator
 from dtrain.kernels.payload import ALIGNMENT, Bits, Format, format_of, payload_bytes, residual_numel
 from dtrain.kernels.quantize_checks import (
@@ -46,6 +49,16 @@ __all__ = [
     "encode", "decode", "decode_sum", "decode_sum_encode", "decode_add",
     "encode_bytes", "decode_sum_bytes", "decode_sum_encode_bytes", "decode_add_bytes",
 ]  # fmt: skip
+
+
+_log = logging.getLogger(__name__)
+
+_PASSES = "quantisation takes several passes"
+_SERVERS: dict[str, Any] = {
+    "triton": quantize_launch,
+    "compiled": quantize_cpu,
+    "reference": quantize_reference,
+}
 
 
 def encode_bytes(n: int, format: Format, x: int = 4, minus: int = 0, residual: int = 0) -> int:
@@ -85,67 +98,37 @@ def _written(*tensors: Tensor | None) -> None:
 
 def _encode_any(
     x: Tensor, payload: Tensor, minus: Tensor | None, residual: Tensor | None,
-    bits: Bits, block: int, rotation: int, seed: int | None, first: int, kernel: bool,
+    bits: Bits, block: int, rotation: int, seed: int | None, first: int, server: str,
 ) -> None:  # fmt: skip
     _aligned(out=payload, residual=residual)
-    format = format_of(bits, block, rotation)
-    if kernel:
-        kernels.encode(x, payload, minus, residual, format, seed, first)
-    else:
-        for i in range(len(x)):
-            start = _start(i, first, x.shape[1], format)
-            reference.encode(x[i], payload[i], _row(minus, i), _row(residual, i), format, seed, start)
+    _SERVERS[server].encode(x, payload, minus, residual, format_of(bits, block, rotation), seed, first)
     _written(payload, residual)
 
 
 def _decode_sum_any(
-    payloads: Tensor, out: Tensor, bits: Bits, block: int, rotation: int, divide: float, kernel: bool
+    payloads: Tensor, out: Tensor, bits: Bits, block: int, rotation: int, divide: float, server: str
 ) -> None:
     _aligned(payloads=payloads)
-    format = format_of(bits, block, rotation)
-    if kernel:
-        kernels.decode(payloads, out, divide, format)
-    else:
-        for i in range(len(out)):
-            reference.decode_sum(payloads[:, i], out[i], divide, format)
+    _SERVERS[server].decode_sum(payloads, out, divide, format_of(bits, block, rotation))
     _written(out)
 
 
 def _decode_add_any(
-    payloads: Tensor, into: Tensor, bits: Bits, block: int, rotation: int, kernel: bool
+    payloads: Tensor, into: Tensor, bits: Bits, block: int, rotation: int, server: str
 ) -> None:
     _aligned(payload=payloads)
-    format = format_of(bits, block, rotation)
-    if kernel:
-        kernels.decode(payloads[None], into, 1, format, add=True)
-    else:
-        for i in range(len(into)):
-            reference.decode_add(payloads[i], into[i], format)
+    _SERVERS[server].decode_add(payloads, into, format_of(bits, block, rotation))
     _written(into)
 
 
 def _decode_sum_encode_any(
     payloads: Tensor, payload: Tensor, residual: Tensor | None, n: int, bits_in: Bits, rotation_in: int,
-    bits: Bits, block: int, rotation: int, divide: float, seed: int | None, first: int, kernel: bool,
+    bits: Bits, block: int, rotation: int, divide: float, seed: int | None, first: int, server: str,
 ) -> None:  # fmt: skip
     _aligned(payloads=payloads, out=payload, residual=residual)
     formats = format_of(bits_in, block, rotation_in), format_of(bits, block, rotation)
-    if kernel:
-        kernels.decode_sum_encode(payloads, payload, residual, n, divide, *formats, seed, first)
-    else:
-        for i in range(len(payload)):
-            row, start = _row(residual, i), _start(i, first, n, formats[1])
-            reference.decode_sum_encode(payloads[:, i], payload[i], row, n, divide, *formats, seed, start)
+    _SERVERS[server].decode_sum_encode(payloads, payload, residual, n, divide, *formats, seed, first)
     _written(payload, residual)
-
-
-def _row(x: Tensor | None, i: int) -> Tensor | None:
-    return None if x is None else x[i]
-
-
-def _start(i: int, first: int, n: int, format: Format) -> int:
-    """Of row i in the stream of the seed: rows are as many whole blocks apart as they have."""
-    return first + i * format.blocks(n) * format.block
 
 
 def _operator(schema: str, run: Callable[..., None]) -> Operator:
@@ -156,19 +139,19 @@ _FORMAT = "str bits, int block, int rotation"
 
 _encode = _operator(
     "quantize_encode(Tensor x, Tensor(a!) payload, Tensor? minus, Tensor(b!)? residual, "
-    f"{_FORMAT}, int? seed, int first, bool kernel)",
+    f"{_FORMAT}, int? seed, int first, str server)",
     _encode_any,
 )
 _decode_sum = _operator(
-    f"quantize_decode_sum(Tensor payloads, Tensor(a!) out, {_FORMAT}, float divide, bool kernel)",
+    f"quantize_decode_sum(Tensor payloads, Tensor(a!) out, {_FORMAT}, float divide, str server)",
     _decode_sum_any,
 )
 _decode_add = _operator(
-    f"quantize_decode_add(Tensor payloads, Tensor(a!) into, {_FORMAT}, bool kernel)", _decode_add_any
+    f"quantize_decode_add(Tensor payloads, Tensor(a!) into, {_FORMAT}, str server)", _decode_add_any
 )
 _decode_sum_encode = _operator(
     "quantize_decode_sum_encode(Tensor payloads, Tensor(a!) payload, Tensor(b!)? residual, int n, "
-    f"str bits_in, int rotation_in, {_FORMAT}, float divide, int? seed, int first, bool kernel)",
+    f"str bits_in, int rotation_in, {_FORMAT}, float divide, int? seed, int first, str server)",
     _decode_sum_encode_any,
 )
 
@@ -201,7 +184,8 @@ def encode(
             uint8: a payload of n elements in `Format("int8", format.block)`; (m, ...) for rows. Begin with
             zeros, which a payload of zero bytes stands for. It is zero where a block is not finite: NaN ends
             with its step.
-        backend: "triton" is the kernel, "reference" PyTorch. "auto" is the kernel on a GPU.
+        backend: "triton" is the kernel, "reference" PyTorch. "auto" is the kernel on a GPU, and on a CPU what
+            was compiled for it.
     Returns: the payload; `out` where that is given.
     Raises:
         ValueError: what is given does not fit, or the chosen backend cannot serve.
@@ -218,7 +202,7 @@ def encode(
     if x.numel():
         _encode(
             _two(x), _two(out), _two_or_none(minus), _two_or_none(residual),
-            format.bits, format.block, format.rotation, seed, first, _fused(backend, x.device),
+            format.bits, format.block, format.rotation, seed, first, _server(backend, x.device),
         )  # fmt: skip
     return out
 
@@ -270,7 +254,7 @@ def decode_sum(
     if out.numel():
         _decode_sum(
             _three(payloads), _two(out), format.bits, format.block, format.rotation, float(divide),
-            _fused(backend, out.device),
+            _server(backend, out.device),
         )  # fmt: skip
     return out
 
@@ -311,7 +295,7 @@ def decode_sum_encode(
         _decode_sum_encode(
             _three(payloads), _two(out), _two_or_none(residual), n, format_in.bits, format_in.rotation,
             format_out.bits, format_out.block, format_out.rotation, float(divide), seed, first,
-            _fused(backend, out.device),
+            _server(backend, out.device),
         )  # fmt: skip
     return out
 
@@ -332,7 +316,7 @@ def decode_add(payload: Tensor, n: int, format: Format, into: Tensor, *, backend
     if into.numel():
         _decode_add(
             _two(payload), _two(into), format.bits, format.block, format.rotation,
-            _fused(backend, into.device),
+            _server(backend, into.device),
         )  # fmt: skip
     return into
 
@@ -353,6 +337,17 @@ def _three(payloads: Tensor) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _fused(backend: Backend, device: torch.device) -> bool:
+def _server(backend: Backend, device: torch.device) -> str:
     # Asked while torch.compile traces, which cannot see through the log and the cache.
-    return kernels_serve(backend, device, kernels.refusal(device), "quantisation takes several passes")
+    if kernels_serve(backend, device, quantize_launch.refusal(device), _PASSES):
+        return "triton"
+    compiled = backend == "auto" and device.type == "cpu" and _compiled()
+    return "compiled" if compiled else "reference"
+
+
+@functools.cache
+def _compiled() -> bool:
+    refusal = quantize_cpu.refusal()
+    if refusal:
+        _log.warning("%s: %s", _PASSES, refusal)
+    return not refusal

@@ -10,7 +10,7 @@ from dtrain.kernels import quantize_kernels
 from dtrain.kernels.launch import SHARED_BYTES, AotCase, arch_of, can_launch, known_arch
 from dtrain.kernels.payload import Bits, Format, residual_numel
 
-__all__ = ["aot_cases", "decode", "decode_sum_encode", "encode", "refusal"]
+__all__ = ["aot_cases", "decode_add", "decode_sum", "decode_sum_encode", "encode", "refusal"]
 
 
 class _Launch(NamedTuple):
@@ -79,13 +79,22 @@ def _encoding(format: Format, dtype: torch.dtype, minus: bool, stochastic: bool)
     }
 
 
-def decode(payloads: Tensor, out: Tensor, divide: float, format: Format, add: bool = False) -> None:
-    """`quantize_reference.decode_sum`, or with `add` `decode_add`, of rows: payloads (k, m, bytes)."""
+def decode_sum(payloads: Tensor, out: Tensor, divide: float, format: Format) -> None:
+    """`quantize_reference.decode_sum` of rows: payloads (k, m, bytes)."""
+    _decode(payloads, out, 1 / divide, format, add=False)
+
+
+def decode_add(payloads: Tensor, into: Tensor, format: Format) -> None:
+    """`quantize_reference.decode_add` of rows: payloads (m, bytes)."""
+    _decode(payloads[None], into, 1.0, format, add=True)
+
+
+def _decode(payloads: Tensor, out: Tensor, factor: float, format: Format, add: bool) -> None:
     rows, n = out.shape
     constants, options = _launch(arch_of(out.device), n, format.block, format.rotation)
     with torch.cuda.device_of(out):
         quantize_kernels.decode_kernel[_grid(rows, n, constants)](
-            payloads, out, n // constants["UNIT"], len(payloads), *_strides(payloads), 1 / divide,
+            payloads, out, n // constants["UNIT"], len(payloads), *_strides(payloads), factor,
             **constants, **_decoding(format, add), **options,
         )  # fmt: skip
 

@@ -1,18 +1,19 @@
-"""Quantisation in eager PyTorch: the definition that the kernels are held to, and the CPU's path.
+"""Quantisation in eager PyTorch: the definition that kernels and `quantize_cpu` are held to.
 
     v = H(x - minus) + residual         s = max|v| / largest code, of each block, rounded up to bf16
     c = round(v · (1/s))                residual = v - c·s              decoded: H(c·s)
 
 where H is the orthonormal Hadamard transform of consecutive groups, its own inverse, or nothing. Each step is
-rounded to fp32 by itself, and c·s is exact: codes have at most 8 significant bits, scales have 8. So kernels
-that do the same steps give the same bits on every device; only H sums in another order there.
+rounded to fp32 by itself, and c·s is exact: codes have at most 8 significant bits, scales have 8. H takes
+sums and differences of pairs 1, 2, 4, … apart, in this order. So what does the same steps gives the same bits
+on every machine; only the kernels of a GPU, which multiply with a matrix, sum in another order in H.
 
 A block of zeros, or below 2^-110, has scale 1. One that holds NaN, infinity or 2^127 and more has scale NaN:
 it decodes to NaN on every rank, and its residual starts again from zero. Rounding by chance goes up with the
 probability of the distance, by the element's own word of noise (`rounding.words`).
 
-A tensor is walked in pieces that stay in a core's cache, with buffers made once: it is read from memory once,
-however many passes the arithmetic takes.
+Functions take rows (m, ...), each a tensor of its own. One is walked in pieces that stay in a core's cache,
+with buffers made once: it is read from memory once, however many passes the arithmetic takes.
 """
 
 import functools
@@ -25,12 +26,11 @@ from torch import Tensor
 from dtrain.kernels.payload import Format, Parts, parts
 from dtrain.kernels.rounding import words
 
-__all__ = ["HUGE", "TINY", "decode_add", "decode_sum", "decode_sum_encode", "encode", "hadamard"]
+__all__ = ["HUGE", "TINY", "decode_add", "decode_sum", "decode_sum_encode", "encode"]
 
 TINY = 2.0**-110  # a largest magnitude below it counts as zero
 HUGE = 2.0**127  # from here on it counts as infinite: its scale, rounded up, could decode to infinity
 _PIECE = 2**18  # elements for a core: two buffers of 1 MiB, in its caches, and calls cost little beside them
-_TILE = 8192  # elements of a matrix product; as all have one shape, a row's sums depend on itself alone
 
 _NAN = 0x7FC00000  # bits
 _E4M3 = 2.0**-120  # see `rounding.to_minifloat`
@@ -62,8 +62,7 @@ def _pieces(n: int, format: Format, device: torch.device) -> Iterator[_Piece]:
     total, block = format.blocks(n), format.block
     most = _PIECE * torch.get_num_threads() if device.type == "cpu" else n
     blocks = max(1, min(total, most // block))
-    room = -(-blocks * block // _TILE) * _TILE
-    a, b = torch.empty(2, room, device=device)
+    a, b = torch.empty(2, blocks * block, device=device)
     for start in range(0, total, blocks):
         yield _Piece(start, min(blocks, total - start), block, (a, b))
 
@@ -82,18 +81,36 @@ class _Written(NamedTuple):
     poisoned: Tensor | None
 
 
+def _row(x: Tensor | None, i: int) -> Tensor | None:
+    return None if x is None else x[i]
+
+
+def _start(i: int, first: int, n: int, format: Format) -> int:
+    """Of row i in the stream of the seed: rows are as many whole blocks apart as they have."""
+    return first + i * format.blocks(n) * format.block
+
+
 def encode(
     x: Tensor, payload: Tensor, minus: Tensor | None, residual: Tensor | None, format: Format,
     seed: int | None, first: int,
 ) -> None:  # fmt: skip
-    """Write the payload of x, and the new residual in place of the old; see `quantize.encode`."""
+    """Write the payloads of x, and the new residuals in place of the old; see `quantize.encode`."""
+    for i in range(len(x)):
+        start = _start(i, first, x.shape[1], format)
+        _encode_row(x[i], payload[i], _row(minus, i), _row(residual, i), format, seed, start)
+
+
+def _encode_row(
+    x: Tensor, payload: Tensor, minus: Tensor | None, residual: Tensor | None, format: Format,
+    seed: int | None, first: int,
+) -> None:  # fmt: skip
     out = parts(payload, x.numel(), format)
     out.padding.zero_()
     kept = None if residual is None else _Residual(residual, x.numel(), format.block)
     for piece in _pieces(x.numel(), format, x.device):
         v, scratch = _difference(piece, x, minus, own=kept is not None or format.rotation > 0)
         if format.rotation:
-            v, scratch = _rotate(piece, v, scratch, format.rotation)
+            v, scratch = _rotate(v, scratch, format.rotation)
         _encode(piece, v, scratch, out, format, kept, seed, first)
 
 
@@ -237,10 +254,15 @@ def _scales(of: Parts) -> Tensor:
 
 def decode_sum(payloads: Tensor, out: Tensor, divide: float, format: Format) -> None:
     """Write H(Σ c·s / divide), see `quantize.decode_sum`."""
+    for i in range(len(out)):
+        _decode_sum_row(payloads[:, i], out[i], divide, format)
+
+
+def _decode_sum_row(payloads: Tensor, out: Tensor, divide: float, format: Format) -> None:
     in_place = out.dtype == torch.float32 and not format.rotation
     for piece, total, scratch in _sums(payloads, out.numel(), divide, format, out if in_place else None):
         if format.rotation:
-            total, _ = _rotate(piece, total, scratch, format.rotation)
+            total, _ = _rotate(total, scratch, format.rotation)
         target = piece.of(out)
         if target.data_ptr() != total.data_ptr():
             target.copy_(total.view(-1)[: target.numel()])
@@ -270,40 +292,51 @@ def decode_sum_encode(
     format_in: Format, format_out: Format, seed: int | None, first: int,
 ) -> None:  # fmt: skip
     """`decode_sum` and `encode` in one, see `quantize.decode_sum_encode`."""
+    for i in range(len(payload)):
+        start, formats = _start(i, first, n, format_out), (format_in, format_out)
+        _decode_sum_encode_row(
+            payloads[:, i], payload[i], _row(residual, i), n, divide, *formats, seed, start
+        )
+
+
+def _decode_sum_encode_row(
+    payloads: Tensor, payload: Tensor, residual: Tensor | None, n: int, divide: float,
+    format_in: Format, format_out: Format, seed: int | None, first: int,
+) -> None:  # fmt: skip
     out = parts(payload, n, format_out)
     out.padding.zero_()
     kept = None if residual is None else _Residual(residual, n, format_out.block)
     for piece, v, scratch in _sums(payloads, n, divide, format_in):
         if format_in.rotation != format_out.rotation:
             for order in filter(None, (format_in.rotation, format_out.rotation)):
-                v, scratch = _rotate(piece, v, scratch, order)
+                v, scratch = _rotate(v, scratch, order)
         _encode(piece, v, scratch, out, format_out, kept, seed, first)
 
 
-def decode_add(payload: Tensor, into: Tensor, format: Format) -> None:
+def decode_add(payloads: Tensor, into: Tensor, format: Format) -> None:
     """into += decoded, see `quantize.decode_add`."""
+    for i in range(len(into)):
+        _decode_add_row(payloads[i], into[i], format)
+
+
+def _decode_add_row(payload: Tensor, into: Tensor, format: Format) -> None:
     for piece, v, scratch in _sums(payload[None], into.numel(), 1, format):
         if format.rotation:
-            v, _ = _rotate(piece, v, scratch, format.rotation)
+            v, _ = _rotate(v, scratch, format.rotation)
         target = piece.of(into)
         target.copy_(v.view(-1)[: target.numel()].add_(target))
 
 
-@functools.cache
-def hadamard(order: int, device: torch.device | str = "cpu") -> Tensor:
-    """Sylvester's Hadamard matrix of ±1; over √order it is symmetric and its own inverse."""
-    h = torch.ones(1, 1, device=device)
-    while len(h) < order:
-        h = torch.cat([torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)])
-    return h
-
-
-def _rotate(piece: _Piece, v: Tensor, scratch: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """H of consecutive groups of v, which then lies in the other buffer; and v's own, now free."""
-    tiles = -(-v.numel() // _TILE)
-    shape = (tiles, _TILE // order, order)
-    source, target = (
-        next(b for b in piece.buffers if b.data_ptr() == x.data_ptr())[: tiles * _TILE] for x in (v, scratch)
-    )
-    torch.bmm(source.view(shape), hadamard(order, v.device).expand(tiles, -1, -1), out=target.view(shape))
-    return scratch.mul_(order**-0.5), v
+def _rotate(v: Tensor, scratch: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """H of consecutive groups of v, in one of the two buffers (blocks, B), and the other, which is free."""
+    x, y = (b.view(order, -1) for b in (scratch, v))  # groups as columns: what is added is contiguous
+    x.copy_(v.view(-1, order).T)
+    apart = 1
+    while apart < order:
+        pairs, out = (b.view(order // (2 * apart), 2, -1) for b in (x, y))
+        torch.add(pairs[:, 0], pairs[:, 1], out=out[:, 0])
+        torch.sub(pairs[:, 0], pairs[:, 1], out=out[:, 1])
+        x, y = y, x
+        apart *= 2
+    y.view(-1, order).copy_(x.mul_(order**-0.5).T)
+    return y.view_as(v), x.view_as(v)

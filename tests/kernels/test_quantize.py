@@ -35,9 +35,17 @@ def in_blocks(x: Tensor, format: Format) -> Tensor:
     return torch.nn.functional.pad(x.double(), (0, -len(x) % format.block)).view(-1, format.block)
 
 
+def hadamard(order: int) -> Tensor:
+    """Sylvester's matrix of ±1."""
+    h = torch.ones(1, 1)
+    while len(h) < order:
+        h = torch.cat([torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)])
+    return h
+
+
 def rotated(x: Tensor, format: Format) -> Tensor:
     order = format.rotation
-    h = quantize_reference.hadamard(order).double() / order**0.5
+    h = hadamard(order).double() / order**0.5
     return (torch.nn.functional.pad(x.double(), (0, -len(x) % order)).view(-1, order) @ h).flatten()
 
 
@@ -324,11 +332,14 @@ def test_a_rotation_spreads_an_outlier() -> None:
 
 
 @pytest.mark.parametrize("order", [32, 64, 128])
-def test_the_rotation_is_its_own_inverse(order: int) -> None:
-    h = quantize_reference.hadamard(order)
-    assert h.equal(h.T)
-    assert (h @ h).equal(order * torch.eye(order))
-    assert h.abs().eq(1).all()
+def test_the_rotation_is_sylvesters(order: int) -> None:
+    """Whole numbers, of which sums are exact: times √order those of the matrix, which undo themselves."""
+    x = torch.randint(-100, 100, (6, 256), generator=torch.Generator().manual_seed(0)).float()
+    v, scratch = quantize_reference._rotate(x.clone(), torch.empty_like(x), order)
+    wanted = (x.view(-1, order) @ hadamard(order)).view_as(x)
+    assert v.equal(wanted * order**-0.5)
+    back, _ = quantize_reference._rotate(v, scratch, order)
+    assert (back - x).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.kernels import aot, quantize_launch, quantize_reference
+from dtrain.kernels import aot, quantize_launch
 from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.payload import Format, parts, payload_bytes, residual_numel
 from dtrain.kernels.quantize import decode, decode_add, decode_sum, decode_sum_encode, encode
 from tests.kernels.attention_checks import DEVICE, needs_triton
+from tests.kernels.test_quantize import hadamard
 from tests.launch import run_python
 
 BITS = ("int8", "fp8", "int4")
@@ -133,7 +134,7 @@ def test_a_rotation_is_as_precise_as_fp32(values: str) -> None:
     residual = torch.zeros(n, device=DEVICE)
     payload = encode(x, format, residual=residual, backend="triton")
     v = residual.double() + decode(payload, n, Format("int4"), backend="reference").double()
-    h = quantize_reference.hadamard(64, x.device).double() / 8
+    h = hadamard(64).double().to(x.device) / 8
     exact = (x.double().view(-1, 64) @ h).flatten()
     assert (v - exact).norm() <= 3e-7 * exact.norm()
 

@@ -72,20 +72,20 @@ def test_parameters_are_taken_as_they_are_and_writes_are_seen(backend: Any) -> N
         assert encode(x, format).equal(encode(x.detach().clone(), format))
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(True, marks=needs_triton), False])
+@pytest.mark.parametrize("server", [pytest.param("triton", marks=needs_triton), "reference"])
 @pytest.mark.parametrize("format", [Format("int8"), Format("int4", 64, 32)])
-def test_operators_keep_their_promises(format: Format, kernel: bool) -> None:
+def test_operators_keep_their_promises(format: Format, server: str) -> None:
     m, n, how = 2, 200, (format.bits, format.block, format.rotation)
     x, payload = draw(m * n).view(m, n), torch.zeros(m, payload_bytes(n, format), dtype=torch.uint8)
     residual = torch.zeros(m, residual_numel(n, format))
     for extra in ((None, None), (0.5 * x, residual)):
-        torch.library.opcheck(OPS.quantize_encode, (x, payload, *extra, *how, 5, format.block, kernel))
+        torch.library.opcheck(OPS.quantize_encode, (x, payload, *extra, *how, 5, format.block, server))
     payloads = torch.stack([encode(x, format), encode(2 * x, format)])
     out = torch.zeros(m, n)
-    torch.library.opcheck(OPS.quantize_decode_sum, (payloads, out, *how, 2.0, kernel))
-    torch.library.opcheck(OPS.quantize_decode_add, (payloads[0].clone(), out, *how, kernel))
+    torch.library.opcheck(OPS.quantize_decode_sum, (payloads, out, *how, 2.0, server))
+    torch.library.opcheck(OPS.quantize_decode_add, (payloads[0].clone(), out, *how, server))
     for kept in (None, residual):
-        again = (payloads, payload, kept, n, *how[::2], *how, 2.0, None, 0, kernel)
+        again = (payloads, payload, kept, n, *how[::2], *how, 2.0, None, 0, server)
         torch.library.opcheck(OPS.quantize_decode_sum_encode, again)
 
 
@@ -203,7 +203,7 @@ def test_a_gpu_that_is_not_served_is_said_once(
 ) -> None:
     kernels_serve.cache_clear()
     monkeypatch.setattr(quantize_launch, "can_launch", lambda device: False)
-    assert [module._fused("auto", torch.device("cuda")) for _ in range(2)] == [False, False]
+    assert [module._server("auto", torch.device("cuda")) for _ in range(2)] == ["reference"] * 2
     assert [r.getMessage() for r in caplog.records] == [
         "quantisation takes several passes: cuda tensors need a GPU and Triton, or TRITON_INTERPRET=1 in the "
         "environment"
