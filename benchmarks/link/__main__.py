@@ -20,6 +20,7 @@ from benchmarks.environment import describe_device, git_state, versions
 from benchmarks.link.fit import fit_line, with_break_evens
 from benchmarks.link.hosts import Hosts, Unavailable, hosts
 from benchmarks.link.launch import ENVIRONMENT, HostFailed, run_job
+from benchmarks.link.neighbours import available_bytes, watch_neighbours
 from benchmarks.link.plot import plot
 from benchmarks.link.rate import parse_rate, rate_name
 from benchmarks.link.result import (
@@ -117,7 +118,7 @@ def _measure(arguments: argparse.Namespace) -> LinkRun:
     variants = tuple(dict.fromkeys(arguments.variants))
     check_variants(variants)
     run = _empty_run(arguments)
-    _ = run.workload.config  # sizes that do not fit are refused here
+    _check_memory(run.workload, len(variants), run.hosts)
     if arguments.rounds is not None and arguments.rounds < 1:
         raise ValueError(f"rounds = {arguments.rounds}: must be 1 or more")
     out: Path = arguments.out
@@ -127,11 +128,27 @@ def _measure(arguments: argparse.Namespace) -> LinkRun:
         for index, rate in enumerate(rates):
             achieved = _set_rate(made, rate)
             job = _job(arguments, run.workload, variants, rates, index)
+            meanwhile = watch_neighbours()
             ranks = run_job(job, made, os.environ)
-            result = rate_result(rate, achieved, ranks)
+            result = rate_result(rate, achieved, ranks, meanwhile())
             run = _with(replace(run, parameters=ranks[0].parameters), result, time.perf_counter() - begun)
             write_run(run, out / "link.json")
     return run
+
+
+def _check_memory(workload: Workload, variants: int, count: int) -> None:
+    """Refuse a run that would push this machine into waiting for memory, which steps would be timed with.
+
+    Raises:
+        Unavailable: names what is needed and what is there.
+        ValueError: the model's sizes do not fit each other.
+    """
+    needed, available = count * workload.host_bytes(variants, count), available_bytes()
+    if needed > available:
+        raise Unavailable(
+            f"{count} hosts with {variants} variants need about {needed / 2**30:.1f} GiB, and "
+            f"{available / 2**30:.1f} GiB are free: use fewer --variants, --depth or --hosts"
+        )
 
 
 def _empty_run(arguments: argparse.Namespace) -> LinkRun:

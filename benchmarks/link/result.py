@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.link.fit import Fit
+from benchmarks.link.neighbours import Neighbours
 from benchmarks.link.records import RankRecord, Record
 from benchmarks.link.workload import BASELINES, FORMULA_BYTES, Workload
 from benchmarks.result import Device, Measurement, Ratio
@@ -61,6 +62,12 @@ class RateResult:
         metadata={"help": "of a TCP stream from each host to the next, just before"}
     )
     rounds: int = field(metadata={"help": "measured; each ran every variant once, after one of warm-up"})
+    others_cpu_share: float = field(
+        metadata={"help": "of the machine's CPU time, what processes of others took meanwhile"}
+    )
+    memory_stall_s: float | None = field(
+        metadata={"help": "how long some process waited for memory; null where the kernel does not tell"}
+    )
     baseline: str = field(metadata={"help": "the faster of FSDP2 in bf16 and the preset bf16"})
     variants: dict[str, VariantResult] = field(metadata={"help": "by name"})
 
@@ -88,7 +95,9 @@ class LinkRun:
     command: str = field(metadata={"help": "how to repeat the run"})
 
 
-def rate_result(asked: float | None, achieved: Sequence[float], ranks: Sequence[RankRecord]) -> RateResult:
+def rate_result(
+    asked: float | None, achieved: Sequence[float], ranks: Sequence[RankRecord], meanwhile: Neighbours
+) -> RateResult:
     """What all ranks together say of one rate."""
     names = list(ranks[0].records)
     every = {name: [rank.records[name] for rank in ranks] for name in names}
@@ -101,7 +110,15 @@ def rate_result(asked: float | None, achieved: Sequence[float], ranks: Sequence[
         )
         for name in names
     }  # fmt: skip
-    return RateResult(asked, tuple(achieved), len(steps[baseline].samples), baseline, variants)
+    return RateResult(
+        asked_bits_per_s=asked,
+        achieved_bits_per_s=tuple(achieved),
+        rounds=len(steps[baseline].samples),
+        others_cpu_share=meanwhile.cpu_share,
+        memory_stall_s=meanwhile.memory_stall_s,
+        baseline=baseline,
+        variants=variants,
+    )
 
 
 def _variant(

@@ -34,8 +34,10 @@ def _rate(rate: RateResult) -> Iterator[str]:
     yield ""
     yield (
         f"{rate_name(rate.asked_bits_per_s)}, achieved {rate_name(float(f'{achieved:.3g}'))}, "
-        f"{rate.rounds} rounds, baseline {rate.baseline}"
+        f"{rate.rounds} rounds, baseline {rate.baseline}; others took {rate.others_cpu_share:.0%} of the CPU"
     )
+    if rate.memory_stall_s and rate.memory_stall_s > 1:
+        yield f"memory was short: some process waited for it for {rate.memory_stall_s:.0f} s"
     yield "  ".join(f"{word:>{_WIDTHS[i]}}" for i, word in enumerate(_HEAD))
     for name, variant in rate.variants.items():
         yield "  ".join(f"{word:>{_WIDTHS[i]}}" for i, word in enumerate(_row(name, variant)))

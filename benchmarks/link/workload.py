@@ -8,6 +8,9 @@ what travels.
 from dataclasses import dataclass, field
 from typing import Literal, cast, get_args
 
+import torch
+
+import uvit
 from dtrain.comm.config import Preset
 from uvit import UViTConfig
 
@@ -75,6 +78,15 @@ class Workload:
             heads=self.heads,
             final_conv=False,
         )
+
+    def host_bytes(self, variants: int, hosts: int) -> int:
+        """Memory of a host, about: all variants' shards, residuals and copies of weights, and PyTorch."""
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in uvit.build(self.config).parameters())
+        # fp32 weights and moments; of presets, 1 and 2 bytes of each unsharded parameter at most; while a
+        # step runs, gathered weights and gradients.
+        kept = variants * (12 / hosts + 1.5)
+        return int(0.7 * 2**30 + parameters * (kept + 6))
 
     @property
     def tokens(self) -> int:
