@@ -12,6 +12,7 @@ from torch import nn
 
 from dtrain.adamw import Moments, has_codes
 from dtrain.blocks import find_blocks
+from dtrain.comm.config import Scheme, scheme_of
 from dtrain.config import RunConfig, build_recipe, check_world
 from dtrain.flops import training_flops
 from dtrain.kernels.adamw import moments_bytes
@@ -98,6 +99,7 @@ def dry_run(config: RunConfig, world: int) -> list[tuple[str, str]]:
             f"{config.train.global_batch} = {config.train.micro_batch} per rank x {world} ranks x "
             f"{accumulation} micro-batches",
         ),
+        ("communication", _communication(model, config, shard, accumulation)),
         *_work_rows(recipe, config, world * accumulation, world),
         ("state per rank", _state(held)),
     ]
@@ -125,6 +127,24 @@ def _fusion(model: nn.Module, config: RunConfig) -> str:
     if not wanted.swap:
         return "the model's own"
     return f"{swap_fused(model, wanted.backend)} (backend {wanted.backend})"
+
+
+def _communication(model: nn.Module, config: RunConfig, shard: int, accumulation: int) -> str:
+    """What a rank sends in a step over the shard axis."""
+    preset, numbers = config.comm.preset, sum(p.numel() for p in model.parameters())
+    if preset == "auto":
+        return "auto: chosen at the start, when links and codecs are measured"
+    if shard == 1:
+        return "none on the shard axis, which has one rank"
+    sums = accumulation if config.shard.reduce_each_micro_batch else 1
+
+    def sent(scheme: Scheme | None) -> str:
+        return _size(scheme.wire_bytes(numbers, shard, accumulation, sums)) if scheme else ""
+
+    plain, scheme = sent(scheme_of(config.comm, "bf16")), scheme_of(config.comm, preset)
+    if scheme is None:
+        return f"FSDP2's own collectives; in bf16 throughout {plain} a rank and step"
+    return f"{preset}: {sent(scheme)} a rank and step, in bf16 throughout {plain}"
 
 
 def _block_names(model: nn.Module, blocks: list[nn.Module]) -> str:

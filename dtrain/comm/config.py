@@ -14,7 +14,7 @@ weights, two levels, rotations); Xie et al., "LoCo", arXiv 2407.04480 (error fee
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -23,6 +23,7 @@ from dtrain.kernels.payload import Format
 
 Preset = Literal["none", "bf16", "int8", "int8-int4", "int4-delta", "auto"]
 Storage = Literal["none", "int8", "bf16"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 # Weights of a matrix are alike in size, so that their blocks may be larger: 8.06 and 4.06 bits an element.
 _WEIGHTS_BLOCK = 256
@@ -99,6 +100,19 @@ class Scheme:
     inside: Codec
     feedback: Storage = "none"
     reference: Literal["bf16", "int8"] = "bf16"
+
+    def wire_bytes(self, numbers: int, ranks: int, passes: int = 1, sums: int = 1) -> int:
+        """Bytes that a rank sends in a step over one axis of `ranks`, if no parameter is exact.
+
+        Args:
+            numbers: parameters of the whole model.
+            passes: forwards and backwards of a step.
+            sums: how often gradients are summed.
+        """
+        mine = -(-numbers // ranks)
+        gathers = 1 if self.delta else 2 * passes
+        message = gathers * self.weights.wire_bytes(mine) + sums * self.gradients.wire_bytes(mine)
+        return message * (ranks - 1)
 
 
 def scheme_of(config: CommConfig, preset: Preset) -> Scheme | None:
