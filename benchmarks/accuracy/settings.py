@@ -38,7 +38,7 @@ class Settings:
     width: int = field(default=96, metadata={"help": "features of a token"})
     depth: int = field(default=2, metadata={"help": "blocks, without the one in the middle"})
     heads: int = field(default=4, metadata={"help": "of attention"})
-    lr: float = field(default=3e-3, metadata={"help": "peak learning rate"})
+    lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate"})
     warmup: int = field(default=100, metadata={"help": "steps of warm-up"})
     ema: float = field(default=0.995, metadata={"help": "decay of the averages"})
 
