@@ -78,8 +78,9 @@ def _fits(run: LinkRun) -> Iterator[str]:
     yield "fitted: step = bytes · 8 / rate + rest"
     for name, fit in run.fits.items():
         words = "baseline" if name in BASELINES else break_even_words(fit)
+        off = "through two points" if len(run.rates) == 2 else f"off by {fit.worst_error:.0%} at most"
         sent = fmean(rate.variants[name].sent_bytes for rate in run.rates)
         yield (
             f"{name:>18}  {fit.bytes / 1e6:7.0f} MB (sent {sent / 1e6:.0f} MB) + {fit.rest_s:.2f} s, "
-            f"off by {fit.worst_error:.0%} at most: {words}"
+            f"{off}: {words}"
         )
