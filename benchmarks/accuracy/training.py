@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +19,6 @@ from benchmarks.accuracy.settings import Settings
 from benchmarks.accuracy.study import Curve, Run
 from dtrain.comm import Comm, CommConfig, attach
 from dtrain.ema import EMA
-from dtrain.mesh import mean_over
 from dtrain.optim import build_optimizer, set_learning_rate
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import seed_everything
@@ -125,8 +125,14 @@ class _Optimisation:
         self._losses.append(loss)
 
     def losses(self) -> Tensor:
-        """Of each step, the mean over ranks, (steps,)."""
-        return mean_over(self._scene.mesh, torch.stack(self._losses))
+        """Of each step and rank, (steps, ranks).
+
+        Not summed over ranks on the way: an all-reduce adds in an order that depends on how many there are.
+        """
+        mine = torch.stack(self._losses)
+        everybody = mine.new_empty(self._scene.mesh.size() * len(mine))
+        dist.all_gather_into_tensor(everybody, mine)
+        return everybody.view(-1, len(mine)).T.contiguous()
 
 
 def _repeats(scene: Scene, config: CommConfig, seed: int, losses: Tensor) -> bool | None:
@@ -146,7 +152,7 @@ def _points(steps: int, count: int) -> tuple[int, ...]:
 
 
 def _thinned(losses: Tensor) -> Curve:
-    """Means between points."""
+    """Means between points, of losses (steps, …)."""
     stops = _points(len(losses), _TRAINING_POINTS)
     starts = (0, *stops[:-1])
     return Curve(stops, tuple(_finite(losses[a:b].mean()) for a, b in zip(starts, stops, strict=True)))
