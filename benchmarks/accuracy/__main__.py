@@ -11,6 +11,7 @@ alone does to it without compression:
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,5 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _stopped(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt  # whose way out ends the ranks, which are in sessions of their own
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stopped)
     sys.exit(main())
