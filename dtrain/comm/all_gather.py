@@ -105,7 +105,7 @@ class WeightGather(AllGather):
         """Everybody's messages (W, message bytes)."""
         messages = packing.empty(group.size(), message.device)
         all_gather(messages, message, group)
-        self.session.meter.non_finite(self.codec.non_finite(packing.payload(message), packing.numel))
+        self.session.meter.non_finite(packing.non_finite(message))
         return messages
 
     def _packs(self, dtype: torch.dtype) -> Packing:

@@ -54,10 +54,6 @@ class Codec(Protocol):
         """Add what payloads (m, `wire_bytes(n)`) stand for to (m, n)."""
         ...
 
-    def non_finite(self, payloads: Tensor, n: int) -> Tensor:
-        """How many numbers or blocks of payloads (m, `wire_bytes(n)`) are NaN or infinite, a scalar."""
-        ...
-
 
 @dataclass(frozen=True)
 class Cast:
@@ -100,9 +96,6 @@ class Cast:
     def decode_add(self, payloads: Tensor, into: Tensor) -> None:
         into.add_(self._numbers(payloads, into.shape[-1]))
 
-    def non_finite(self, payloads: Tensor, n: int) -> Tensor:
-        return self._numbers(payloads, n).isfinite().logical_not_().sum()
-
     def _numbers(self, payloads: Tensor, n: int) -> Tensor:
         return payloads.view(self.dtype)[..., :n]
 
@@ -137,6 +130,7 @@ class Quantised:
         quantize.decode_add(payloads, into.shape[-1], self.format, into)
 
     def non_finite(self, payloads: Tensor, n: int) -> Tensor:
+        """How many blocks of payloads (m, `wire_bytes(n)`) hold NaN or infinity, a scalar."""
         codes = self.format.blocks(n) * self.format.code_bytes
         scales = payloads[:, codes : codes + 2 * self.format.blocks(n)]
         return scales.view(torch.bfloat16).isnan().sum()

@@ -14,7 +14,7 @@ weights, two levels, rotations); Xie et al., "LoCo", arXiv 2407.04480 (error fee
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -74,6 +74,12 @@ class CommConfig:
     )
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(CommConfig).items():
+            allowed = get_args(hint) if get_origin(hint) is Literal else ()
+            if allowed and getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"comm.{name} = {getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}."
+                )
         for name in ("exact_below", "ranks_per_node"):
             if getattr(self, name) < 0:
                 raise ValueError(f"comm.{name} = {getattr(self, name)}: must be 0 or more.")

@@ -73,9 +73,10 @@ class Meter:
         squares = torch.stack([error.float().square().sum(), value.float().square().sum()])
         self._squares[collective].append(squares)
 
-    def non_finite(self, blocks: Tensor) -> None:
+    def non_finite(self, blocks: Tensor | None) -> None:
         """Note how many blocks, a scalar, were not finite."""
-        self._blocks.append(blocks)
+        if blocks is not None:
+            self._blocks.append(blocks)
 
     @contextmanager
     def codec_time(self, device: torch.device) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dtrain.comm.codec import Codec, aligned
+from dtrain.comm.codec import Codec, Quantised, aligned
 
 __all__ = ["Packing", "Segment"]
 
@@ -76,6 +76,16 @@ class Packing:
             part.zero_()
         if self.payload_bytes:
             self.codec.encode(rows, self.payload(out), minus=minus, residual=residual)
+
+    def non_finite(self, messages: Tensor) -> Tensor | None:
+        """How many blocks of messages (m, message bytes) are not finite; None for casts.
+
+        Scales tell of blocks at 1/64 of the payload. Of a cast it would be a pass over all numbers, and what
+        is not finite travels as it is.
+        """
+        if self.all_exact or not isinstance(self.codec, Quantised):
+            return None
+        return self.codec.non_finite(self.payload(messages), self.numel)
 
     def unpack(self, messages: Tensor, out: Tensor) -> None:
         """Write the rows (m, n) that messages (m, message bytes) stand for."""

@@ -67,8 +67,7 @@ class Hop:
         with self.meter.codec_time(rows.device):
             messages = packing.empty(len(rows), rows.device)
             packing.pack(rows, messages, residual=residual)
-        if packing.payload_bytes:
-            self.meter.non_finite(packing.codec.non_finite(packing.payload(messages), packing.numel))
+        self.meter.non_finite(packing.non_finite(messages))
         messages = messages.view(per_rank, group.size(), -1).transpose(0, 1).contiguous()
         received = torch.empty_like(messages)
         all_to_all(received, messages, group)

@@ -19,7 +19,7 @@ SHAPES = ["", ":ranks_per_node=2", ":replicate=2:ranks_per_node=2", ":reshard=2"
 GRADIENTS = [f"gradients:{preset}{shape}" for preset in PRESETS for shape in SHAPES]
 WEIGHTS = [f"weights:{preset}{shape}" for preset in PRESETS[1:] for shape in SHAPES[:3]]
 WEIGHTS += ["weights:int4-delta:reference=int8"]
-NAN = ["not_finite:bf16", "not_finite:int8", "not_finite:int8-int4", "not_finite:int8-int4:ranks_per_node=2"]
+NAN = ["not_finite:int8", "not_finite:int8-int4", "not_finite:int8-int4:ranks_per_node=2"]
 BYTES = [f"message_bytes:{preset}" for preset in PRESETS]
 TINY = ["tiny_gradients:int8", "tiny_gradients:int8-int4"]
 FEEDBACK = [f"feedback:int8-int4:error_feedback={storage}" for storage in ("none", "int8", "bf16")]
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def four(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each of four ranks measured, by scenario."""
-    scenarios = [*GRADIENTS, *WEIGHTS, *NAN, *BYTES, *TINY, *FEEDBACK, *OTHERS]
+    scenarios = [*GRADIENTS, *WEIGHTS, "not_finite:bf16", *NAN, *BYTES, *TINY, *FEEDBACK, *OTHERS]
     resumed = [resume(preset, first) for preset in RESUMED for first in (1, 0)]
     return run(4, folder / "four.json", folder, *scenarios, *resumed)
 
@@ -109,6 +109,10 @@ def test_nan_of_one_rank_arrives_everywhere_is_counted_and_leaves_no_trace(four:
     assert all(rank["row_is_nan"] and rank["share_that_is_nan"] < 0.5 for rank in ranks)
     assert sum(rank["blocks"] for rank in ranks) >= 1
     assert all(rank["finite_afterwards"] for rank in ranks)
+
+
+def test_nan_in_16_bits_arrives_as_it_is(four: dict) -> None:
+    assert all(rank["row_is_nan"] and rank["finite_afterwards"] for rank in four["not_finite:bf16"])
 
 
 @pytest.mark.parametrize("scenario", TINY)

@@ -180,6 +180,8 @@ def test_presets_and_their_feedback() -> None:
 def test_errors_name_the_field_and_the_fix(single_process_group: None) -> None:
     with pytest.raises(ValueError, match=r"comm.exact_below = -1: must be 0 or more"):
         CommConfig(exact_below=-1)
+    with pytest.raises(ValueError, match=r"comm.preset = 'int4': must be one of 'none', 'bf16'"):
+        CommConfig(preset="int4")  # type: ignore[arg-type]
     model, mesh = nn.Sequential(nn.Linear(4, 4)), build_mesh(MeshConfig(), 1, "cpu")
     with pytest.raises(ValueError, match="apply fully_shard"):
         attach(model, mesh, CommConfig(preset="int8"))
