@@ -1,6 +1,7 @@
 """A small model with all that makes collectives hard: odd sizes, tiny, frozen, unused and tied parameters."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ WIDTH, HIDDEN, BATCH = 50, 203, 4
 
 def digest(tensor: Tensor) -> str:
     # A clone: FSDP2 cannot free storage that NumPy has looked at.
-    numbers = tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
+    numbers = tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    return hashlib.sha256(numbers.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 class Block(nn.Module):
-    """Notes the weights that it computes with, forward and backward, and lets gradients be tampered with."""
+    """Notes the weights that it computes with, forward and backward, and lets gradients be tampered with.
+
+    `note` makes what is noted; a digest waits for the device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,20 +30,21 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
         self.frozen, self.unused = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 31)
         self.frozen.requires_grad_(False)
-        self.seen: dict[str, list[str]] = {"forward": [], "backward": []}
+        self.note: Callable[[Tensor], Any] = digest
+        self.seen: dict[str, list[Any]] = {"forward": [], "backward": []}
         self.weights: dict[str, Tensor] = {}
         self.tamper: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(self.norm(x) + self.frozen(x))
-        self.seen["forward"].append(digest(self.fc1.weight))
+        self.seen["forward"].append(self.note(self.fc1.weight))
         self.weights = {name: p.detach().clone() for name, p in self.named_parameters()}
         if hidden.requires_grad:
             hidden.register_hook(self._backward)
         return x + self.fc2(nn.functional.gelu(hidden))
 
     def _backward(self, gradient: Tensor) -> Tensor:
-        self.seen["backward"].append(digest(self.fc1.weight))
+        self.seen["backward"].append(self.note(self.fc1.weight))
         return self.tamper(gradient) if self.tamper else gradient
 
 
@@ -67,14 +72,19 @@ def build(depth: int = 3, seed: int = 0) -> Odd:
 
 
 def sharded(
-    world: int, replicate: int = 1, depth: int = 3, dtype: torch.dtype = torch.float32, reshard: Any = True
+    world: int,
+    replicate: int = 1,
+    depth: int = 3,
+    dtype: torch.dtype = torch.float32,
+    reshard: Any = True,
+    device: str = "cpu",
 ) -> tuple[Odd, DeviceMesh]:
-    model = build(depth)
+    model = build(depth).to(device)
     if replicate == 1:
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(device, (world,), mesh_dim_names=("shard",))
     else:
         sizes = (replicate, world // replicate)
-        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
