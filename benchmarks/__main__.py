@@ -19,6 +19,7 @@ from benchmarks.page import page
 from benchmarks.report import ratio_of, render, unmarked
 from benchmarks.result import RESULTS, Result, latest, read, write
 from benchmarks.schema import json_schema
+from benchmarks.studies import tables
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(markup=False, highlight=False)
@@ -68,7 +69,7 @@ def report(
     """Render the newest result of each case into README's tables and an HTML page."""
     newest = latest(results)
     before = readme.read_text("utf-8")
-    after = render(before, newest)
+    after = render(before, newest, tables(results))
     for name in unmarked(before, newest):
         console.print(f"{name}: recorded, but {readme} has no <!-- benchmarks:{name}:start --> for it")
     if check:

@@ -5,7 +5,7 @@ is replaced by the newest result of that case. Rendering twice changes nothing.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from benchmarks import text
 from benchmarks.result import Ratio, Result
@@ -17,21 +17,24 @@ _BLOCK = re.compile(
 _MARKER = re.compile(r"<!-- benchmarks:(\S+):(?:start|end) -->")
 
 
-def render(document: str, results: Iterable[Result]) -> str:
+def render(document: str, results: Iterable[Result], others: Mapping[str, str] | None = None) -> str:
     """The document with every marked block rewritten.
 
+    Args:
+        results: of cases.
+        others: tables that are ready, by their marker.
     Raises:
         ValueError: a marker without its partner, or a block whose case has no recorded result.
     """
-    by_case = {result.case: result for result in results}
+    tables = {result.case: table(result) for result in results} | dict(others or {})
 
     def block(match: re.Match[str]) -> str:
-        if match["name"] not in by_case:
-            known = ", ".join(sorted(by_case)) or "none"
+        if match["name"] not in tables:
+            known = ", ".join(sorted(tables)) or "none"
             raise ValueError(
                 f"benchmarks:{match['name']}: no result is recorded for this marker; recorded: {known}"
             )
-        return f"{match['start']}{table(by_case[match['name']])}{match['end']}"
+        return f"{match['start']}{tables[match['name']]}{match['end']}"
 
     for orphan in _MARKER.findall(_BLOCK.sub("", document)):
         raise ValueError(
