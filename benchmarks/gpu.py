@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, in one go: its tests, the sweeps, and the tuner.
+"""Everything that waits for a GPU, in one go: its tests, the sweeps, overlap with collectives, the tuner.
 
 `python -m benchmarks.gpu` works from a clone in which nothing is installed, with the packages that are there:
 PyTorch, Triton and pytest. Test files that need others are skipped, by name. What a stage leaves of its share
@@ -70,6 +70,10 @@ def stages(out: Path, rehearse: bool) -> Iterator[Stage]:
     on_cpu = ("--device", "cpu") if rehearse else ()
     yield Stage("attention", ("-m", "benchmarks.attention", *sweep, *on_cpu), share=4)
     yield Stage("fused", ("-m", "benchmarks.fused", *sweep, *on_cpu), share=6)
+    scale = ("--out", str(out / "scale"))
+    yield Stage("overlap", ("-m", "benchmarks.scale.overlap", *scale, *on_cpu), share=1)
+    codecs = () if rehearse else ("--codecs", str(out / "fused.json"))
+    yield Stage("scale", ("-m", "benchmarks.scale", *scale, *codecs), share=0.5)
     tables = ("--json", str(out / "tiles.json"), "--log", str(out / "tune.json"), "--budget-s", "{seconds}")
     sizes = ("--device", "cpu", "--head-dim", "64", "--limit", "1", "--tokens", "40", "--workers", "1")
     tune = ("-m", "dtrain.kernels.tune", *tables, *(sizes if rehearse else ("--limit", "12")))
@@ -170,7 +174,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-s", type=float, default=570.0, help="seconds for all stages together")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, in the interpreter")
     parser.add_argument(
-        "--only", nargs="+", metavar="STAGE", help="of tests, kernels, attention, fused and tune"
+        "--only",
+        nargs="+",
+        metavar="STAGE",
+        help="of tests, kernels, attention, fused, overlap, scale and tune",
     )
     return parser.parse_args(argv)
 

@@ -27,6 +27,7 @@ from dtrain.kernels.quantize import Format
 __all__ = ["quantize_plans", "quantize_routines"]
 
 _RANKS = 4
+_ROWS = 8
 _SEED = 7
 
 
@@ -38,7 +39,7 @@ def quantize_plans(settings: Settings) -> Iterator[Plan]:
 
 
 def quantize_routines(settings: Settings) -> Iterator[Routine]:
-    """Each format by each function, and int4 with a rotation and by chance; in a quick run one of each."""
+    """Each format by each function, rows, int4 with a rotation and by chance; in a quick run one of each."""
     formats = {bits: Format(bits) for bits in ("int8", "fp8", "int4")}
     makers = (_encode, _feedback, _decode_sum, _decode_add)
     quick = {(_encode, "fp8"), (_feedback, "int4"), (_decode_sum, "int8"), (_decode_add, "int4")}
@@ -46,6 +47,9 @@ def quantize_routines(settings: Settings) -> Iterator[Routine]:
         for bits, format in formats.items():
             if not settings.quick or (make, bits) in quick:
                 yield make(settings, bits, format)
+    for odd in (False, True):
+        yield _encode_rows(settings, formats["int8"], odd)
+    yield _decode_sum_rows(settings, formats["int8"])
     yield _encode(settings, "int4_rotated", Format("int4", rotation=32))
     yield _encode(settings, "int4_by_chance", formats["int4"], _SEED)
 
@@ -63,6 +67,55 @@ def _encode(settings: Settings, name: str, format: Format, seed: int | None = No
         Cost(0, kernels.encode_bytes(settings.quantised, format), "tensor read, payload written"),
         gates=(_SAME_BYTES,),
     )
+
+
+def _encode_rows(settings: Settings, format: Format, odd: bool) -> Routine:
+    """What a rank sends in a sum: a row for each rank."""
+    m, n = _ROWS, _row_numel(settings, odd)
+
+    def plain_rows(x: Tensor) -> Tensor:
+        return torch.stack([plain.encode(row, format) for row in x])
+
+    return Routine(
+        f"quantize_encode_{'odd_' if odd else ''}rows_{format.bits}",
+        f"Encode, {format.bits}, {m} rows of {n:,} elements",
+        Rivals(plain_rows, lambda x: kernels.encode(x, format, backend="triton")),
+        lambda: [_draw_rows(settings, m, n)],
+        Cost(0, m * kernels.encode_bytes(n, format), "rows read, payloads written"),
+        gates=(_SAME_BYTES,),
+    )
+
+
+def _decode_sum_rows(settings: Settings, format: Format) -> Routine:
+    """What a node's first hop decodes: sums of as many ranks' payloads, one for each row."""
+    m, n = _ROWS, _row_numel(settings, odd=False)
+
+    def plain_sums(payloads: Tensor) -> Tensor:
+        return torch.stack([plain.decode_sum(payloads[:, i], n, format) for i in range(m)])
+
+    def payloads() -> Tensor:
+        rows = (_draw_rows(settings, m, n) for _ in range(_RANKS))
+        return torch.stack([torch.stack([plain.encode(row, format) for row in x]) for x in rows])
+
+    return Routine(
+        f"quantize_decode_sum_rows_{format.bits}",
+        f"Sums of {_RANKS} payloads, {format.bits}, {m} rows of {n:,} elements",
+        Rivals(plain_sums, lambda payloads: kernels.decode_sum(payloads, n, format, backend="triton")),
+        lambda: [payloads()],
+        Cost(
+            0, m * kernels.decode_sum_bytes(n, format, _RANKS), f"{_RANKS} payloads a row read, sums written"
+        ),
+        gates=(_SAME_NUMBERS,),
+    )
+
+
+def _row_numel(settings: Settings, odd: bool) -> int:
+    """Of a row; rows of an odd length begin at no multiple of 16 bytes."""
+    return settings.quantised // _ROWS // 16 * 16 - 3 * odd
+
+
+def _draw_rows(settings: Settings, m: int, n: int) -> Tensor:
+    return _draw(settings)()[: m * n].view(m, n)
 
 
 def _feedback(settings: Settings, name: str, format: Format) -> Routine:

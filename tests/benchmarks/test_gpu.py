@@ -35,6 +35,8 @@ def test_the_rehearsal_goes_all_the_way_on_few_packages(
         "tests": 0,
         "attention": 0,
         "fused": 0,
+        "overlap": 0,
+        "scale": 0,
         "tune": 0,
     }
     assert " passed, 1 skipped in" in done.stdout  # CUDA graphs alone
@@ -47,7 +49,7 @@ def test_the_rehearsal_goes_all_the_way_on_few_packages(
     assert {one.contestant for one in sweep.left_out} >= {"SDPA cuDNN", "FlexAttention"}
 
     sweep = read_sweep(tmp_path / "fused.json")
-    assert len(sweep.results) == 30
+    assert len(sweep.results) == 33
     assert sound(sweep)
     assert {one.contestant for one in sweep.left_out if one.case.startswith("norm")} >= {"torch.compile"}
 
@@ -56,8 +58,10 @@ def test_the_rehearsal_goes_all_the_way_on_few_packages(
     assert [(c.head_dim, c.sparse) for c in tables.choices["sm_80"]] == [(64, False), (64, True)]
     assert {p.name for p in tmp_path.iterdir()} == {
         "gpu.json", "gpu.log", "attention.json", "attention.png", "fused.json", "fused.png",
-        "tiles.json", "tune.json",
+        "tiles.json", "tune.json", "scale",
     }  # fmt: skip
+    modelled = {"overlap.json", "scale.json", "plot.png"}
+    assert {p.name for p in (tmp_path / "scale").iterdir()} == modelled
 
 
 def test_a_stage_that_is_late_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
@@ -98,7 +102,7 @@ def test_tests_that_need_a_missing_package_are_skipped_by_name(
 def test_an_unknown_stage_is_refused() -> None:
     done = run_python("-m", "benchmarks.gpu", "--only", "paint", "--rehearse", check=False)
     assert done.returncode == 2
-    assert "--only = paint: must be one of tests, attention, fused, tune" in done.stderr
+    assert "--only = paint: must be one of tests, attention, fused, overlap, scale, tune" in done.stderr
 
 
 @pytest.mark.parametrize(("python", "installs"), [((), True), (("PYTHON=/opt/python3",), False)])
