@@ -4,6 +4,7 @@ Their result files lie in folders of their own, `results/link/link.json` and `re
 and fill the markers `benchmarks:link` and `benchmarks:accuracy` like a case's.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks.accuracy.variants import BASELINE
 from benchmarks.link.rate import rate_name
 from benchmarks.link.result import LinkRun, VariantResult, read_run
 from benchmarks.link.table import break_even_words
+from benchmarks.link.workload import BASELINES
 from benchmarks.result import RESULTS, Device
 
 __all__ = ["tables"]
@@ -36,7 +38,7 @@ def _link(run: LinkRun) -> Iterator[str]:
     for name in run.rates[0].variants:
         by_rate = [rate.variants[name] for rate in run.rates]
         fit = run.fits.get(name)
-        pays = break_even_words(fit).removeprefix("pays ") if fit and by_rate[0].preset != "none" else ""
+        pays = break_even_words(fit).removeprefix("pays ") if fit and name not in BASELINES else ""
         chosen = sorted({v.preset for v in by_rate})
         label = f"auto ({', '.join(chosen)})" if name == "auto" else name
         sizes = [f"{by_rate[0].sent_per_parameter:.2f}", f"×{by_rate[0].of_formula:.3f}"]
