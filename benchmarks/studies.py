@@ -104,10 +104,9 @@ def _notes(
     command: str,
 ) -> str:
     state = f"commit {(commit or 'unknown')[:10]}{' with changes' if dirty else ''}"
-    machine = (
-        f"{device.count} × {device.name}, torch {versions.get('torch')}, {state}, {date[:10]}; `{command}`"
-    )
-    return "<sub>" + "<br>".join([*notes, machine]) + "</sub>\n"
+    repeat = re.sub(r" --out \S+", "", command)  # where the file lay at first
+    machine = f"{device.count} × {device.name}, torch {versions.get('torch')}, {state}, {date[:10]}"
+    return "<sub>" + "<br>".join([*notes, f"{machine}; `{repeat}`"]) + "</sub>\n"
 
 
 def _row(cells: Iterable[str]) -> str:
