@@ -9,7 +9,7 @@ Needs nothing else of dtrain: the optimizer, clipping, accumulation and checkpoi
 import logging
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -102,8 +102,8 @@ def _attach_scheme(
 ) -> list[str]:
     _check_globs(units, config.exact)
     session, groups = Session(meter), _Groups(per_node)
+    _watch_forwards(model, units, session)
     for unit in units:
-        _watch_forwards(unit.module, session)
         _attach_unit(unit, scheme, config, groups, session, state)
     return [*_describe(scheme, units[0], groups), *_describe_exact(units, config)]
 
@@ -180,13 +180,26 @@ def _expect(unit: Unit, exact: list[bool], meter: Meter) -> None:
         meter.expect(unit.name, "replicas")
 
 
-def _watch_forwards(module: Any, session: Session) -> None:
-    """Note before FSDP2 gathers whether the forward will have a backward: it turns gradients off itself."""
+def _watch_forwards(model: nn.Module, units: list[Unit], session: Session) -> None:
+    """Note before FSDP2 gathers whether the forward will have a backward: it turns gradients off itself.
 
-    def note(_module: nn.Module, _args: Any) -> None:
-        session.training = torch.is_grad_enabled()
+    The outermost forward decides. Reentrant checkpointing runs a block without gradients within one that
+    has them, and must get the weights that the backward gets.
+    """
+    outermost: list[nn.Module] = []
 
-    module.register_forward_pre_hook(note, prepend=True)
+    def enter(module: nn.Module, _args: Any) -> None:
+        if not outermost:
+            outermost.append(module)
+            session.training = torch.is_grad_enabled()
+
+    def leave(module: nn.Module, _args: Any, _output: Any) -> None:
+        if outermost == [module]:
+            outermost.clear()
+
+    for module in {model, *(cast(nn.Module, unit.module) for unit in units)}:
+        module.register_forward_pre_hook(enter, prepend=True)
+        module.register_forward_hook(leave, always_call=True)
 
 
 def _is_exact(name: str, numel: int, config: CommConfig) -> bool:

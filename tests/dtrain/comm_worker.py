@@ -3,6 +3,7 @@
 Arguments: the file that rank 0 writes, a folder for checkpoints, scenarios ("name:preset:option=1").
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from dtrain.checkpoint import TrainingState
 from dtrain.comm import Comm, CommConfig, attach
@@ -224,6 +226,27 @@ def other_parts(preset: str, **options: Any) -> Result:
         bool(g.isfinite().all()) for g in run.gradients().values())}  # fmt: skip
 
 
+def reentrant(preset: str, **options: Any) -> Result:
+    """Blocks whose first forward runs without gradients, and a failed forward before."""
+    run = Run(preset, **options)
+    blocks = [block for block in run.model.blocks if isinstance(block, odd_model.Block)]
+    run.step(0)
+
+    def forward(x: Tensor) -> Tensor:
+        x = run.model.embed(x)
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=True)  # type: ignore[no-untyped-call]
+        return run.model.head(x)
+
+    with torch.no_grad(), contextlib.suppress(RuntimeError):
+        run.model(torch.zeros(1, 3))
+    run.model.forward = forward  # type: ignore[method-assign]
+    for block in blocks:
+        block.seen = {"forward": [], "backward": []}
+    run.step(1)
+    return {"digests": [block.seen["forward"] + block.seen["backward"] for block in blocks]}
+
+
 def alarm(preset: str, **options: Any) -> Result:
     from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
@@ -290,7 +313,7 @@ def resume(preset: str, *, folder: str = "", first: int = 1, **options: Any) -> 
 SCENARIOS: dict[str, Callable[..., Result]] = {
     scenario.__name__: scenario
     for scenario in (
-        gradients, weights, not_finite, tiny_gradients, feedback, accumulation, other_parts, alarm,
+        gradients, weights, not_finite, tiny_gradients, feedback, accumulation, other_parts, reentrant, alarm,
         message_bytes, resume,
     )
 }  # fmt: skip

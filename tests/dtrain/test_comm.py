@@ -24,7 +24,7 @@ BYTES = [f"message_bytes:{preset}" for preset in PRESETS]
 TINY = ["tiny_gradients:int8", "tiny_gradients:int8-int4"]
 FEEDBACK = [f"feedback:int8-int4:error_feedback={storage}" for storage in ("none", "int8", "bf16")]
 FEEDBACK += [f"{FEEDBACK[1]}:ranks_per_node=2", f"{FEEDBACK[1]}:replicate=2:ranks_per_node=2"]
-OTHERS = ["accumulation:int8-int4", "other_parts:int8-int4", "alarm:int8"]
+OTHERS = ["accumulation:int8-int4", "other_parts:int8-int4", "reentrant:int8", "alarm:int8"]
 REPEATED = ["weights:int8-int4", "weights:int4-delta"]
 RESUMED = ["int8-int4", "int4-delta", "int4-delta:reference=int8", "int8-int4:replicate=2"]
 
@@ -135,6 +135,13 @@ def test_accumulated_gradients_are_reduced_once(four: dict) -> None:
 
 def test_other_parameters_may_have_gradients_in_another_step(four: dict) -> None:
     assert all(rank["unused_has_one"] and rank["finite"] for rank in four["other_parts:int8-int4"])
+
+
+def test_the_outermost_forward_says_whether_there_are_gradients(four: dict) -> None:
+    for rank in four["reentrant:int8"]:
+        for digests in rank["digests"]:
+            assert len(digests) == 3
+            assert len(set(digests)) == 1
 
 
 def test_an_uncompressed_path_is_counted(four: dict) -> None:
