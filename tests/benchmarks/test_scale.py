@@ -56,11 +56,21 @@ def test_ports_of_a_node_share_what_rings_bring_and_not_what_others_send() -> No
     # A ring enters a node with each message from elsewhere once; 4 rings share them.
     ring = sum(source // 4 != 0 for source in ranks) / 4
     direct = sum(target // 4 != 0 for target in ranks)
-    assert rings(cluster, 16).port_bytes == 16 * ring
+    assert rings(cluster, 16)[:2] == (16 * ring, 16 * 11)
     assert all_to_all(cluster, 16).port_bytes == 16 * direct
     assert all_to_all(cluster, 16).link_bytes == 16 * 3
     assert all_to_all(cluster, 16, inside=False)[:2] == (16 * 2, 0)
     assert all_to_all(cluster, 16, between=False)[:2] == (0, 16 * 3)
+
+
+def test_latencies_are_those_of_every_hop_and_message() -> None:
+    cluster = Cluster(12, 4, 1e3, 1e3, collective_s=1.0, port_hop_s=10.0, link_hop_s=100.0, message_s=1000.0)
+    # A ring of 12 crosses between the 3 nodes twice before the last has the first's message.
+    assert cluster.seconds(rings(cluster, 0)) == 1 + 2 * 10 + 9 * 100
+    assert cluster.seconds(all_to_all(cluster, 0)) == 1 + 10 + 8 * 1000
+    assert cluster.seconds(all_to_all(cluster, 0, between=False)) == 1 + 100
+    assert cluster.seconds(all_to_all(cluster, 500, inside=False)) == 1 + 10 + 2 * 1000 + 1
+    assert rings(Cluster(1), 16) == all_to_all(Cluster(1), 16) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("variant", [v for v in PRESETS if v.levels == 2], ids=ids)
