@@ -107,26 +107,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("build/link"), metavar="DIR",
         help="for link.json, plot.png, logs of the hosts [build/link]")  # fmt: skip
     add("--profile", action="store_true", help="a step more under torch.profiler: OUT/RATE/profile-V.txt")
-    add("--smoke", action="store_true", help="2 hosts, a tiny model, 1gbit, 2 rounds")
+    add("--smoke", action="store_true", help="2 hosts, a tiny model, 0.2gbit, 2 rounds")
     add("--check", action="store_true", help="make hosts, measure the rates, train nothing")
     add("--redraw", action="store_true", help="table and plot.png of OUT/link.json")
     return parser
 
 
 def _measure(arguments: argparse.Namespace) -> LinkRun:
-    rates = [parse_rate(text) for text in (["1gbit"] if arguments.smoke else arguments.rates)]
+    rates = [parse_rate(text) for text in (["0.2gbit"] if arguments.smoke else arguments.rates)]
     variants = tuple(dict.fromkeys(arguments.variants))
     check_variants(variants)
-    run = _empty_run(arguments)
-    _check_memory(run.workload, len(variants), run.hosts)
     if arguments.rounds is not None and arguments.rounds < 1:
         raise ValueError(f"rounds = {arguments.rounds}: must be 1 or more")
+    run = _empty_run(arguments)
+    _check_memory(run.workload, len(variants), run.hosts)
     out: Path = arguments.out
     begun = time.perf_counter()
     with hosts(run.hosts, None, run.delay_ms) as made:
         run = replace(run, congestion_control=made.congestion_control())
         for index, rate in enumerate(rates):
-            achieved = _set_rate(made, rate)
+            achieved = _set_rate(made, rate, must_hold=not arguments.smoke)
             job = _job(arguments, run.workload, variants, rates, index)
             meanwhile = watch_neighbours()
             ranks = run_job(job, made, os.environ)
@@ -197,11 +197,11 @@ def _job(
     )
 
 
-def _set_rate(made: Hosts, rate: float | None) -> tuple[float, ...]:
+def _set_rate(made: Hosts, rate: float | None, must_hold: bool = True) -> tuple[float, ...]:
     """Limit the hosts and see that the limit holds; the machine may be busy, so up to three times.
 
     Raises:
-        Unavailable: a stream is off by more than 5 %.
+        Unavailable: a stream is off by more than 5 %, and it must hold: what is timed would mean nothing.
     """
     made.set_rate(rate)
     for _ in range(3):
@@ -209,6 +209,9 @@ def _set_rate(made: Hosts, rate: float | None) -> tuple[float, ...]:
         log.info("%s: achieved %s Gbit/s", rate_name(rate), ", ".join(f"{a / 1e9:.3f}" for a in achieved))
         if rate is None or all(abs(a / rate - 1) <= 0.05 for a in achieved):
             return achieved
+    if not must_hold:
+        log.warning("%s does not hold: times of this run mean nothing", rate_name(rate))
+        return achieved
     raise Unavailable(
         f"rate = {rate_name(rate)}: a stream has {min(achieved) / 1e9:.3f} Gbit/s, more than 5 % off; use a "
         f"lower rate, or stop what else runs here"

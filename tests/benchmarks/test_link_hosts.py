@@ -61,7 +61,12 @@ def another_run() -> Iterator[subprocess.Popen[str]]:
 
 
 def inside(pid: int) -> list[int]:
-    found = subprocess.run(("ip", "netns", "pids", f"dtl{pid}n0"), capture_output=True, text=True)
+    """What runs in a run's first host; something does, but it may still be on its way in."""
+    for _ in range(200):
+        found = subprocess.run(("ip", "netns", "pids", f"dtl{pid}n0"), capture_output=True, text=True)
+        if found.stdout.split():
+            break
+        time.sleep(0.05)
     return [int(word) for word in found.stdout.split()]
 
 
