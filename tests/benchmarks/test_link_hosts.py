@@ -44,8 +44,9 @@ def names_of(pid: int) -> set[str]:
 def another_run() -> Iterator[subprocess.Popen[str]]:
     """A process that holds two hosts, with a sleeping process in one of them."""
     code = """
-        import time
+        import signal, time
         from benchmarks.link.hosts import hosts
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
         with hosts(2) as made:
             made.popen(0, ("sleep", "600"))
             print("made", flush=True)
