@@ -60,7 +60,7 @@ def _step(variant: VariantResult) -> str:
 
 
 def _accuracy(study: Study) -> Iterator[str]:
-    compared = [c for c in study.comparisons if c.weights == "masters"]
+    compared = [c for c in study.comparisons if c.weights == "masters" and c.mean is not None]
     seeds, steps = len(study.settings.seeds), study.settings.steps
     title = f"held-out loss after {steps:,} steps, {seeds} seeds, {study.settings.ranks} ranks"
     yield _row([title, "mean", f"over {BASELINE}", "in ranges of its seeds", "worst seed", "verdict"])
@@ -72,6 +72,7 @@ def _accuracy(study: Study) -> Iterator[str]:
         f"{study.parameters:,} parameters, {study.compressed:.1%} of them compressed. Loss of the fp32 "
         f"masters; seeds of {BASELINE}: range {first.baseline_range or 0:.5f}, standard deviation "
         f"{first.baseline_std or 0:.5f}.",
+        *(f"{name}: {outcome.fault}." for name, outcome in study.outcomes.items() if outcome.fault),
     ]
     yield _notes(notes, study.device, study.versions, study.commit, study.dirty, study.date, study.command)
 
@@ -80,7 +81,8 @@ def _cells(c: Comparison) -> list[str]:
     if c.variant == BASELINE:
         return [c.variant, _number(c.mean, ".5f"), "", "", "", ""]
     share = c.gap / c.baseline_range if c.gap is not None and c.baseline_range else None
-    verdict = "within std" if c.within_std else "within range" if c.within_range else "**outside**"
+    side = "lower" if c.gap is not None and c.gap < 0 else "higher"
+    verdict = "within std" if c.within_std else "within range" if c.within_range else f"**outside, {side}**"
     numbers = (
         _number(c.mean, ".5f"),
         _number(c.gap, "+.5f"),
