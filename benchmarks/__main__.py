@@ -16,8 +16,9 @@ from benchmarks import text
 from benchmarks.case import Case, discover
 from benchmarks.harness import run as measure
 from benchmarks.page import page
+from benchmarks.record import write_record
 from benchmarks.report import ratio_of, render, unmarked
-from benchmarks.result import RESULTS, Result, latest, read, write
+from benchmarks.result import RESULTS, Result, latest, read
 from benchmarks.schema import json_schema
 from benchmarks.studies import tables
 
@@ -52,7 +53,7 @@ def run(
     results = []
     for case in chosen:
         results.append(measure(case, repeat))
-        write(results[-1], out or RESULTS / f"{case.name}.json")
+        write_record(results[-1], out or RESULTS / f"{case.name}.json")
         _show(results[-1])
     raise typer.Exit(0 if all(result.passed for result in results) else 1)
 

@@ -3,21 +3,45 @@
 import functools
 import os
 import platform
+import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.result import Device
+from benchmarks.record import Device
 
 ROOT = Path(__file__).parent.parent
 
 _CYCLES_PER_MS = 2_000_000  # of a GPU, roughly
+
+
+def measured_on(kind: Literal["cpu", "cuda"], program: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The fields of a `benchmarks.record.Measured`, as of now.
+
+    Args:
+        kind: of device.
+        program, arguments: what was called, `python -m program arguments…`.
+    """
+    return origin(program, arguments) | {"device": describe_device(kind)}
+
+
+def origin(program: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The fields of a `benchmarks.record.Origin`, as of now; see `measured_on`."""
+    commit, dirty = git_state()
+    return {
+        "versions": versions(),
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", program, *arguments]),
+    }
 
 
 def describe_device(kind: Literal["cpu", "cuda"]) -> Device:

@@ -11,12 +11,11 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 
 import torch
 
 from benchmarks.case import Case, Timed, Work
-from benchmarks.environment import describe_device, git_state, measured_rates, seconds, versions
+from benchmarks.environment import measured_on, measured_rates, seconds
 from benchmarks.result import SCHEMA_VERSION, Floor, GateResult, Measurement, Ratio, Result
 from benchmarks.stats import estimate
 
@@ -38,7 +37,7 @@ def run(case: Case, rounds: int | None = None, rates: tuple[float, float] | None
         raise ValueError(
             f"case = {case.name}: needs a {case.device} device and there is none; choose another case"
         )
-    date = datetime.now(UTC).isoformat(timespec="seconds")
+    place = measured_on(case.device, "benchmarks", sys.argv[1:])
     rounds = case.rounds if rounds is None else rounds
     floor = _floor(case, rates)
     works = {name: setup() for name, setup in case.contestants.items()}
@@ -47,7 +46,6 @@ def run(case: Case, rounds: int | None = None, rates: tuple[float, float] | None
     times = _time_interleaved(case, works, rounds)
     cpu_share = (time.process_time() - cpu) / (time.perf_counter() - wall) / torch.get_num_threads()
     contestants = {name: _measure(case, works[name], times[name]) for name in works}
-    commit, dirty = git_state()
     return Result(
         schema_version=SCHEMA_VERSION,
         case=case.name,
@@ -57,16 +55,11 @@ def run(case: Case, rounds: int | None = None, rates: tuple[float, float] | None
         ratios=_ratios(case, contestants, gates),
         gates=gates,
         floor=floor,
-        device=describe_device(case.device),
-        versions=versions(),
         threads=torch.get_num_threads(),
         cpu_share=cpu_share,
         rounds=rounds,
         warmup=case.warmup,
-        commit=commit,
-        dirty=dirty,
-        date=date,
-        command=" ".join(["python -m benchmarks", *sys.argv[1:]]),
+        **place,
     )
 
 

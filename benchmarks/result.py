@@ -4,13 +4,11 @@ These dataclasses are the format; `schema.json` is written from them (`python -m
 that an old reader would misread raises SCHEMA_VERSION.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from benchmarks.case import Better
-from benchmarks.schema import decode
+from benchmarks.record import Measured, read_record
 
 SCHEMA_VERSION = 1
 RESULTS = Path(__file__).parent / "results"
@@ -64,18 +62,8 @@ class Floor:
     floor_ms: float = field(metadata={"help": "max(flops / flops_per_s, bytes / bytes_per_s), in ms"})
 
 
-@dataclass(frozen=True)
-class Device:
-    """Where the case ran."""
-
-    kind: Literal["cpu", "cuda"] = field(metadata={"help": "type of device"})
-    name: str = field(metadata={"help": "model name"})
-    count: int = field(metadata={"help": "devices of this kind: usable cores, or visible GPUs"})
-    memory_bytes: int = field(metadata={"help": "memory of the machine, or of one GPU"})
-
-
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, kw_only=True)
+class Result(Measured):
     """One run of one case."""
 
     schema_version: int = field(metadata={"help": "version of this format"})
@@ -88,29 +76,14 @@ class Result:
     ratios: tuple[Ratio, ...] = field(metadata={"help": "gains over the baseline, behind green gates only"})
     gates: tuple[GateResult, ...] = field(metadata={"help": "correctness checks, made before the timing"})
     floor: Floor = field(metadata={"help": "lower bound of the time"})
-    device: Device = field(metadata={"help": "where it ran"})
-    versions: dict[str, str | None] = field(
-        metadata={"help": "python, torch, triton, cuda, driver; null where absent"}
-    )
     threads: int = field(metadata={"help": "CPU threads that PyTorch used inside an operator"})
     cpu_share: float = field(metadata={"help": "CPU time / (wall time × threads) during the timing"})
     rounds: int = field(metadata={"help": "timed rounds; each runs every contestant once"})
     warmup: int = field(metadata={"help": "untimed rounds before them"})
-    commit: str | None = field(metadata={"help": "git commit of the code; null outside a clone"})
-    dirty: bool | None = field(
-        metadata={"help": "whether tracked files differed from that commit; null outside a clone"}
-    )
-    date: str = field(metadata={"help": "start, ISO 8601, UTC"})
-    command: str = field(metadata={"help": "how to repeat the run"})
 
     @property
     def passed(self) -> bool:
         return all(gate.passed for gate in self.gates)
-
-
-def write(result: Result, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
 
 
 def read(path: Path) -> Result:
@@ -119,15 +92,7 @@ def read(path: Path) -> Result:
     Raises:
         ValueError: not a result file of this format; names the file and the first fault.
     """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"$.schema_version = {version!r}: this reader knows {SCHEMA_VERSION}")
-        result: Result = decode(Result, data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return result
+    return read_record(Result, path, SCHEMA_VERSION)
 
 
 def latest(folder: Path = RESULTS) -> list[Result]:

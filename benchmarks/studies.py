@@ -15,7 +15,8 @@ from benchmarks.link.rate import rate_name
 from benchmarks.link.result import LinkRun, VariantResult, read_run
 from benchmarks.link.table import break_even_words
 from benchmarks.link.workload import BASELINES
-from benchmarks.result import RESULTS, Device
+from benchmarks.record import Measured
+from benchmarks.result import RESULTS
 
 __all__ = ["tables"]
 
@@ -51,7 +52,7 @@ def _link(run: LinkRun) -> Iterator[str]:
         + ", ".join(f"{rate.others_cpu_share:.0%}" for rate in run.rates)
         + " of its CPU meanwhile.",
     ]
-    yield _notes(notes, run.device, run.versions, run.commit, run.dirty, run.date, run.command)
+    yield _notes(notes, run)
 
 
 def _step(variant: VariantResult) -> str:
@@ -74,7 +75,7 @@ def _accuracy(study: Study) -> Iterator[str]:
         f"{first.baseline_std or 0:.5f}.",
         *(f"{name}: {outcome.fault}." for name, outcome in study.outcomes.items() if outcome.fault),
     ]
-    yield _notes(notes, study.device, study.versions, study.commit, study.dirty, study.date, study.command)
+    yield _notes(notes, study)
 
 
 def _cells(c: Comparison) -> list[str]:
@@ -96,18 +97,11 @@ def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
 
 
-def _notes(
-    notes: Iterable[str],
-    device: Device,
-    versions: dict[str, str | None],
-    commit: str | None,
-    dirty: bool | None,
-    date: str,
-    command: str,
-) -> str:
-    state = f"commit {(commit or 'unknown')[:10]}{' with changes' if dirty else ''}"
-    repeat = re.sub(r" --out \S+", "", command)  # where the file lay at first
-    machine = f"{device.count} × {device.name}, torch {versions.get('torch')}, {state}, {date[:10]}"
+def _notes(notes: Iterable[str], run: Measured) -> str:
+    state = f"commit {(run.commit or 'unknown')[:10]}{' with changes' if run.dirty else ''}"
+    repeat = re.sub(r" --out \S+", "", run.command)  # where the file lay at first
+    torch = f"torch {run.versions.get('torch')}"
+    machine = f"{run.device.count} × {run.device.name}, {torch}, {state}, {run.date[:10]}"
     return "<sub>" + "<br>".join([*notes, f"{machine}; `{repeat}`"]) + "</sub>\n"
 
 

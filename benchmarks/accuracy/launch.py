@@ -14,16 +14,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.accuracy.clips import draw
 from benchmarks.accuracy.compare import compare
 from benchmarks.accuracy.settings import Settings
-from benchmarks.accuracy.study import SCHEMA_VERSION, Outcome, Study, write
+from benchmarks.accuracy.study import SCHEMA_VERSION, Outcome, Study
 from benchmarks.accuracy.variants import VARIANTS
 from benchmarks.accuracy.worker import Job, finished_runs
-from benchmarks.environment import ROOT, describe_device, git_state, versions
+from benchmarks.environment import ROOT, measured_on
+from benchmarks.record import write_record
 
 __all__ = ["run_study"]
 
@@ -87,7 +87,7 @@ class _Launcher:
                 comparisons=compare(outcomes),
                 seconds=time.perf_counter() - self._began,
             )
-            write(self._study, self._out / "accuracy.json")
+            write_record(self._study, self._out / "accuracy.json")
             return self._study
 
     def _outcome(self, name: str) -> Outcome:
@@ -99,7 +99,6 @@ class _Launcher:
 
 def _begun(settings: Settings) -> Study:
     numels = [p.numel() for p in settings.recipe().build().parameters()]
-    commit, dirty = git_state()
     return Study(
         schema_version=SCHEMA_VERSION,
         settings=settings,
@@ -108,12 +107,7 @@ def _begun(settings: Settings) -> Study:
         outcomes={},
         comparisons=(),
         seconds=0.0,
-        device=describe_device("cpu"),
-        versions=versions(),
-        commit=commit,
-        dirty=dirty,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=" ".join(["python -m benchmarks.accuracy", *sys.argv[1:]]),
+        **measured_on("cpu", "benchmarks.accuracy", sys.argv[1:]),
     )
 
 

@@ -4,15 +4,13 @@ These dataclasses are the format (`benchmarks.schema.decode` reads it strictly).
 number is null.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.accuracy.settings import Settings
-from benchmarks.result import Device
-from benchmarks.schema import decode
+from benchmarks.record import Measured, read_record
 
-__all__ = ["SCHEMA_VERSION", "Comparison", "Curve", "Outcome", "Run", "Study", "read", "write"]
+__all__ = ["SCHEMA_VERSION", "Comparison", "Curve", "Outcome", "Run", "Study", "read"]
 
 SCHEMA_VERSION = 1
 
@@ -73,8 +71,8 @@ class Comparison:
     within_std: bool = field(metadata={"help": "|gap| <= baseline_std"})
 
 
-@dataclass(frozen=True)
-class Study:
+@dataclass(frozen=True, kw_only=True)
+class Study(Measured):
     """All variants."""
 
     schema_version: int = field(metadata={"help": "version of this format"})
@@ -84,31 +82,12 @@ class Study:
     outcomes: dict[str, Outcome] = field(metadata={"help": "by variant"})
     comparisons: tuple[Comparison, ...] = field(metadata={"help": "with the baseline"})
     seconds: float = field(metadata={"help": "of the study so far"})
-    device: Device = field(metadata={"help": "where it ran"})
-    versions: dict[str, str | None] = field(metadata={"help": "python, torch, triton, cuda, driver"})
-    commit: str | None = field(metadata={"help": "git commit of the code; null outside a clone"})
-    dirty: bool | None = field(metadata={"help": "whether tracked files differed from that commit"})
-    date: str = field(metadata={"help": "start, ISO 8601, UTC"})
-    command: str = field(metadata={"help": "how to repeat the study"})
-
-
-def write(study: Study, path: Path) -> None:
-    """Write it whole: whoever reads meanwhile finds the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(study), indent=1, allow_nan=False, ensure_ascii=False)
-    part = path.with_suffix(".part")
-    part.write_text(text + "\n", "utf-8")
-    part.replace(path)
 
 
 def read(path: Path) -> Study:
-    """Read and check what `write` wrote.
+    """Read and check a study's file.
 
     Raises:
         ValueError: not a file of this format; names the file and the first fault.
     """
-    try:
-        study: Study = decode(Study, json.loads(path.read_text("utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return study
+    return read_record(Study, path, SCHEMA_VERSION)

@@ -8,15 +8,13 @@ import argparse
 import logging
 import os
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.environment import describe_device, git_state, versions
+from benchmarks.environment import measured_on
 from benchmarks.link.fit import fit_line, with_break_evens
 from benchmarks.link.hosts import Hosts, Unavailable, hosts
 from benchmarks.link.launch import ENVIRONMENT, HostFailed, run_job
@@ -30,10 +28,10 @@ from benchmarks.link.result import (
     rate_result,
     read_run,
     step_times,
-    write_run,
 )
 from benchmarks.link.table import table
 from benchmarks.link.workload import BASELINES, TINY, VARIANTS, Job, Workload, check_variants
+from benchmarks.record import write_record
 
 __all__ = ["main"]
 
@@ -132,7 +130,7 @@ def _measure(arguments: argparse.Namespace) -> LinkRun:
             ranks = run_job(job, made, os.environ)
             result = rate_result(rate, achieved, ranks, meanwhile())
             run = _with(replace(run, parameters=ranks[0].parameters), result, time.perf_counter() - begun)
-            write_run(run, out / "link.json")
+            write_record(run, out / "link.json")
     return run
 
 
@@ -152,7 +150,8 @@ def _check_memory(workload: Workload, variants: int, count: int) -> None:
 
 
 def _empty_run(arguments: argparse.Namespace) -> LinkRun:
-    commit, dirty = git_state()
+    place = measured_on("cpu", "benchmarks.link", sys.argv[1:])
+    place["versions"] |= {"kernel": platform.release()}
     chosen = replace(Workload(), width=arguments.width, depth=arguments.depth, batch=arguments.batch)
     chosen = replace(chosen, heads=max(1, arguments.width // 64))
     return LinkRun(
@@ -167,12 +166,7 @@ def _empty_run(arguments: argparse.Namespace) -> LinkRun:
         environment=dict(ENVIRONMENT),
         load_average=os.getloadavg()[0],
         seconds=0.0,
-        device=describe_device("cpu"),
-        versions=versions() | {"kernel": platform.release()},
-        commit=commit,
-        dirty=dirty,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["python", "-m", "benchmarks.link", *sys.argv[1:]]),
+        **place,
     )
 
 

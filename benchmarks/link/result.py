@@ -4,9 +4,8 @@ Step times are the slowest host's; bytes, CPU times and losses are means over ho
 rounds of the baseline's step over the variant's in the same round.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
@@ -14,8 +13,8 @@ from benchmarks.link.fit import Fit
 from benchmarks.link.neighbours import Neighbours
 from benchmarks.link.records import RankRecord, Record
 from benchmarks.link.workload import BASELINES, FORMULA_BYTES, Workload
-from benchmarks.result import Device, Measurement, Ratio
-from benchmarks.schema import decode
+from benchmarks.record import Measured, read_record
+from benchmarks.result import Measurement, Ratio
 from benchmarks.stats import estimate
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "rate_result",
     "read_run",
     "step_times",
-    "write_run",
 ]
 
 SCHEMA_VERSION = 1
@@ -72,9 +70,9 @@ class RateResult:
     variants: dict[str, VariantResult] = field(metadata={"help": "by name"})
 
 
-@dataclass(frozen=True)
-class LinkRun:
-    """One run."""
+@dataclass(frozen=True, kw_only=True)
+class LinkRun(Measured):
+    """One run; all hosts share the device."""
 
     schema_version: int = field(metadata={"help": "version of this format"})
     hosts: int = field(metadata={"help": "network namespaces, a rank each"})
@@ -87,12 +85,6 @@ class LinkRun:
     environment: dict[str, str] = field(metadata={"help": "what all ranks ran under"})
     load_average: float = field(metadata={"help": "processes that ran on this machine before the run"})
     seconds: float = field(metadata={"help": "how long the run took"})
-    device: Device = field(metadata={"help": "where it ran; all hosts share it"})
-    versions: dict[str, str | None] = field(metadata={"help": "python, torch and so on, and the kernel"})
-    commit: str | None = field(metadata={"help": "git commit of the code; null outside a clone"})
-    dirty: bool | None = field(metadata={"help": "whether tracked files differed from that commit"})
-    date: str = field(metadata={"help": "start, ISO 8601, UTC"})
-    command: str = field(metadata={"help": "how to repeat the run"})
 
 
 def rate_result(
@@ -161,23 +153,13 @@ def _gain(name: str, baseline: Measurement, variant: Measurement) -> Ratio:
     return Ratio(name, "step_ms", value, low, high)
 
 
-def write_run(run: LinkRun, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(run), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
-
-
 def read_run(path: Path) -> LinkRun:
-    """Read and check what `write_run` wrote.
+    """Read and check a run.
 
     Raises:
         ValueError: not a file of this format; names the file and the first fault.
     """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-        run: LinkRun = decode(LinkRun, data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return run
+    return read_record(LinkRun, path, SCHEMA_VERSION)
 
 
 def step_times(rates: Sequence[RateResult], name: str) -> Mapping[float | None, float]:

@@ -7,18 +7,17 @@ measured: `python -m benchmarks.link` (ranks over a limited network), `python -m
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.environment import git_state
+from benchmarks.environment import origin
+from benchmarks.record import write_record
 from benchmarks.scale.cluster import Cluster
 from benchmarks.scale.codecs import CodecRates, measured_rates
 from benchmarks.scale.plot import plot
-from benchmarks.scale.result import SCHEMA_VERSION, ScaleModel, points, write_model
+from benchmarks.scale.result import SCHEMA_VERSION, ScaleModel, points
 from benchmarks.scale.step import Workload
 from benchmarks.scale.table import table
 from benchmarks.scale.variants import BASELINE
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_model(model, out / "scale.json")
+    write_record(model, out / "scale.json")
     plot(model, out / "plot.png")
     print(table(model))
     return 0
@@ -132,9 +131,7 @@ def _model(arguments: argparse.Namespace, argv: Sequence[str]) -> ScaleModel:
         baseline=BASELINE,
         assumptions=tuple(_assumptions(workload, cluster, rates)),
         points=tuple(points(workload, clusters, rates)),
-        commit=git_state()[0],
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(["python", "-m", "benchmarks.scale", *argv]),
+        **origin("benchmarks.scale", argv),
     )
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -29,8 +29,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.environment import describe_device, git_state, versions
-from benchmarks.result import Device
+from benchmarks.environment import measured_on
+from benchmarks.record import Measured, write_record
 from benchmarks.scale.timeline import Span, Timeline, beside, total
 from dtrain.comm import CommConfig, attach
 from dtrain.comm.all_gather import WeightGather
@@ -82,18 +82,14 @@ class Overlap:
     codec_ms: float = field(metadata={"help": "of collectives, the codecs, in a step that is sampled"})
 
 
-@dataclass(frozen=True)
-class OverlapRun:
-    """The file."""
+@dataclass(frozen=True, kw_only=True)
+class OverlapRun(Measured):
+    """The file; all ranks share the device."""
 
     kind: Literal["measurement", "rehearsal"] = field(metadata={"help": "rehearsal: on a CPU, all in turn"})
     schema_version: int = field(metadata={"help": "version of this format"})
     shape: Shape = field(metadata={"help": "what was run"})
     overlaps: tuple[Overlap, ...] = field(metadata={"help": "by preset"})
-    device: Device = field(metadata={"help": "which all ranks share"})
-    versions: dict[str, str | None] = field(metadata={"help": "python, torch, triton, cuda, driver"})
-    commit: str | None = field(metadata={"help": "git commit of the code; null outside a clone"})
-    date: str = field(metadata={"help": "ISO 8601, UTC"})
 
 
 class Mark(torch.autograd.Function):
@@ -264,15 +260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         schema_version=1,
         shape=shape,
         overlaps=tuple(Overlap(**one) for one in overlaps),
-        device=describe_device(shape.device),
-        versions=versions(),
-        commit=git_state()[0],
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **measured_on(shape.device, "benchmarks.scale.overlap", sys.argv[1:] if argv is None else argv),
     )
-    text = json.dumps(asdict(run), indent=1, allow_nan=False)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "overlap.json").write_text(text + "\n", "utf-8")
-    print(text)
+    write_record(run, arguments.out / "overlap.json")
+    print((arguments.out / "overlap.json").read_text("utf-8"))
     return 0
 
 

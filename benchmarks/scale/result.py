@@ -1,17 +1,16 @@
 """The file of a modelled run. Nothing in it was measured, unless it says so of the codecs' rates."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
+from benchmarks.record import Origin
 from benchmarks.scale.cluster import Cluster
 from benchmarks.scale.codecs import CodecRates
 from benchmarks.scale.step import StepTime, Workload, step_time
 from benchmarks.scale.variants import BASELINE, Variant, variants
 
-__all__ = ["SCHEMA_VERSION", "Point", "ScaleModel", "points", "write_model"]
+__all__ = ["SCHEMA_VERSION", "Point", "ScaleModel", "points"]
 
 SCHEMA_VERSION = 1
 
@@ -33,8 +32,8 @@ class Point:
     gain: float = field(metadata={"help": f"step of {BASELINE} over this one's; over 1 is faster"})
 
 
-@dataclass(frozen=True)
-class ScaleModel:
+@dataclass(frozen=True, kw_only=True)
+class ScaleModel(Origin):
     """All points, and what they assume."""
 
     kind: Literal["model"] = field(metadata={"help": "never measured: computed from the assumptions"})
@@ -42,9 +41,6 @@ class ScaleModel:
     baseline: str = field(metadata={"help": "the variant that gains are over"})
     assumptions: tuple[str, ...] = field(metadata={"help": "all of them, for people"})
     points: tuple[Point, ...] = field(metadata={"help": "by rate, GPUs and variant"})
-    commit: str | None = field(metadata={"help": "git commit of the code; null outside a clone"})
-    date: str = field(metadata={"help": "ISO 8601, UTC"})
-    command: str = field(metadata={"help": "how to repeat it"})
 
 
 def points(workload: Workload, clusters: Sequence[Cluster], rates: CodecRates) -> list[Point]:
@@ -74,9 +70,3 @@ def _point(variant: Variant, cluster: Cluster, time: StepTime, base: float) -> P
         port_bytes=time.port_bytes,
         gain=base / time.step,
     )
-
-
-def write_model(model: ScaleModel, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(model), indent=1, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", "utf-8")

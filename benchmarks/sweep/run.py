@@ -5,19 +5,18 @@ after every case, so that a run that is cut short keeps what it has.
 """
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from benchmarks.environment import measured_rates
 from benchmarks.harness import run as measure
+from benchmarks.record import read_record, write_record
 from benchmarks.result import Result
-from benchmarks.schema import decode
 from benchmarks.sweep.plan import Kind, LeftOut, Plan
 
 __all__ = ["SCHEMA_VERSION", "Sweep", "read_sweep", "run_plans"]
@@ -67,11 +66,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         ValueError: not a file of this format; names the file and the first fault.
     """
-    try:
-        sweep: Sweep = decode(Sweep, json.loads(path.read_text("utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return sweep
+    return read_record(Sweep, path, SCHEMA_VERSION)
 
 
 def _measure(plan: Plan, rates: tuple[float, float] | None) -> tuple[list[Result], list[LeftOut]]:
@@ -92,7 +87,5 @@ def _measure(plan: Plan, rates: tuple[float, float] | None) -> tuple[list[Result
 
 
 def _write(sweep: Sweep, path: Path) -> Sweep:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(sweep), indent=1, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", "utf-8")
+    write_record(sweep, path)
     return sweep

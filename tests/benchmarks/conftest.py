@@ -1,6 +1,7 @@
 import pytest
 
-from benchmarks.result import Device, Floor, GateResult, Measurement, Ratio, Result
+from benchmarks.record import Device
+from benchmarks.result import Floor, GateResult, Measurement, Ratio, Result
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from benchmarks.accuracy.clips import Clips, training_batches
 from benchmarks.accuracy.compare import compare, faults
 from benchmarks.accuracy.plot import plot
 from benchmarks.accuracy.settings import Settings
-from benchmarks.accuracy.study import SCHEMA_VERSION, Comparison, Curve, Outcome, Run, Study, read, write
+from benchmarks.accuracy.study import SCHEMA_VERSION, Comparison, Curve, Outcome, Run, Study, read
 from benchmarks.accuracy.table import table
 from benchmarks.accuracy.training import _points, _thinned
 from benchmarks.accuracy.variants import BASELINE, VARIANTS, chosen
-from benchmarks.result import Device
+from benchmarks.record import Device, write_record
 
 
 def run(seed: int, loss: float | None, preset: str = BASELINE, **changes: object) -> Run:
@@ -124,7 +124,7 @@ def test_what_did_not_end_is_a_fault() -> None:
 
 def test_a_study_is_read_back_and_drawn(tmp_path: Path) -> None:
     found = study(none=outcome(1.0, 1.2), int8=outcome(1.1, None, preset="int8"), bf16=outcome(preset="bf16"))
-    write(found, tmp_path / "accuracy.json")
+    write_record(found, tmp_path / "accuracy.json")
     assert read(tmp_path / "accuracy.json") == found
     (tmp_path / "accuracy.json").write_text("{}")
     with pytest.raises(ValueError, match=r"accuracy\.json: \$\."):

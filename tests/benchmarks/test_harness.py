@@ -11,7 +11,8 @@ from benchmarks import environment
 from benchmarks.case import Case, Cost, Counted, Gate, Timed
 from benchmarks.harness import run
 from benchmarks.memory import peak_bytes
-from benchmarks.result import read, write
+from benchmarks.record import write_record
+from benchmarks.result import read
 from benchmarks.stats import estimate
 
 N = 32
@@ -121,7 +122,7 @@ def test_every_contestant_is_called_once_a_round():
 
 
 def test_a_result_survives_its_file(result, tmp_path):
-    write(result, tmp_path / "toy.json")
+    write_record(result, tmp_path / "toy.json")
     assert read(tmp_path / "toy.json") == result
 
 

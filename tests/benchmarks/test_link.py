@@ -11,10 +11,10 @@ from benchmarks.link.fit import Fit, break_even, fit_line, with_break_evens
 from benchmarks.link.neighbours import Neighbours, watch_neighbours
 from benchmarks.link.rate import parse_rate, rate_name
 from benchmarks.link.records import RankRecord, Record
-from benchmarks.link.result import LinkRun, RateResult, rate_result, read_run, step_times, write_run
+from benchmarks.link.result import LinkRun, RateResult, rate_result, read_run, step_times
 from benchmarks.link.table import table
 from benchmarks.link.workload import BASELINES, Workload, check_variants
-from benchmarks.result import Device
+from benchmarks.record import Device, write_record
 
 PARAMETERS = 1000
 QUIET = Neighbours(0.03, 0.0)
@@ -158,7 +158,7 @@ def two_rates() -> LinkRun:
 
 def test_a_file_comes_back_as_it_was_and_others_are_refused(tmp_path: Path) -> None:
     run, path = two_rates(), tmp_path / "link.json"
-    write_run(run, path)
+    write_record(run, path)
     assert read_run(path) == run
     path.write_text(path.read_text().replace('"hosts": 2', '"hosts": "two"'))
     with pytest.raises(ValueError, match=r"link\.json: \$\.hosts = 'two'"):
@@ -175,11 +175,11 @@ def test_the_table_says_what_was_measured_and_who_else_was_there() -> None:
 
 
 def test_a_run_is_drawn_again_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(two_rates(), tmp_path / "link.json")
+    write_record(two_rates(), tmp_path / "link.json")
     assert main(["--redraw", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "int8" in capsys.readouterr().out
-    write_run(run_of(two_rates().rates[1]), tmp_path / "link.json")  # one rate, and no fit
+    write_record(run_of(two_rates().rates[1]), tmp_path / "link.json")  # one rate, and no fit
     assert main(["--redraw", "--out", str(tmp_path)]) == 0
 
 

@@ -9,8 +9,9 @@ from benchmarks import text
 from benchmarks.__main__ import app
 from benchmarks.compare import changes, differences
 from benchmarks.page import page
+from benchmarks.record import write_record
 from benchmarks.report import render, table, unmarked
-from benchmarks.result import Measurement, Ratio, latest, write
+from benchmarks.result import Measurement, Ratio, latest
 
 README = "# x\n\n<!-- benchmarks:toy:start -->\nold\n<!-- benchmarks:toy:end -->\n\ntail\n"
 
@@ -79,16 +80,16 @@ def test_a_result_without_a_place_is_named(result):
 
 def test_the_newest_result_of_a_case_counts(result, tmp_path):
     newer = replace(result, date="2026-03-01T00:00:00+00:00", threads=1)
-    write(newer, tmp_path / "a.json")
-    write(result, tmp_path / "b.json")
-    write(replace(result, case="another"), tmp_path / "c.json")
+    write_record(newer, tmp_path / "a.json")
+    write_record(result, tmp_path / "b.json")
+    write_record(replace(result, case="another"), tmp_path / "c.json")
     assert latest(tmp_path) == [replace(result, case="another"), newer]
 
 
 def test_report_check_fails_until_the_report_is_written(result, tmp_path):
     readme, html = tmp_path / "README.md", tmp_path / "out" / "page.html"
     readme.write_text(README)
-    write(result, tmp_path / "toy.json")
+    write_record(result, tmp_path / "toy.json")
     arguments = ["report", "--readme", str(readme), "--html", str(html), "--results", str(tmp_path)]
     runner = CliRunner()
     assert runner.invoke(app, [*arguments, "--check"]).exit_code == 1
@@ -203,8 +204,8 @@ def test_compare_says_what_else_differs(result):
 
 
 def test_compare_from_the_command_line(result, tmp_path):
-    write(result, tmp_path / "a.json")
-    write(replace(result, threads=4), tmp_path / "b.json")
+    write_record(result, tmp_path / "a.json")
+    write_record(replace(result, threads=4), tmp_path / "b.json")
     done = CliRunner().invoke(app, ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     assert done.exit_code == 0
     assert "not the same in both: threads: 2 and 4" in done.output
