@@ -71,13 +71,14 @@ def attach(model: nn.Module, mesh: DeviceMesh, config: CommConfig) -> Comm:
     if attached(model) is not None:
         raise ValueError("the model has compressed collectives already: attach once.")
     units = find_units(model)
-    per_node = node_size(config.ranks_per_node)
-    choice = (
-        choose(units, config) if config.preset == "auto" else Choice(scheme_of(config, config.preset), [])
-    )
+    groups = _Groups(node_size(config.ranks_per_node))
+    if config.preset == "auto":
+        choice = choose(units, config, groups.levels(units[0].shard_group))
+    else:
+        choice = Choice(scheme_of(config, config.preset), [])
     scheme, said, meter, state = choice.scheme, choice.said, Meter(), CommState(mesh)
     if scheme is not None:
-        said += _attach_scheme(model, units, scheme, config, per_node, meter, state)
+        said += _attach_scheme(model, units, scheme, config, groups, meter, state)
     if dist.get_rank() == 0:
         for line in said:
             log.info("comm: %s", line)
@@ -96,12 +97,12 @@ def _attach_scheme(
     units: list[Unit],
     scheme: Scheme,
     config: CommConfig,
-    per_node: int,
+    groups: "_Groups",
     meter: Meter,
     state: CommState,
 ) -> list[str]:
     _check_globs(units, config.exact)
-    session, groups = Session(meter), _Groups(per_node)
+    session = Session(meter)
     _watch_forwards(model, units, session)
     for unit in units:
         _attach_unit(unit, scheme, config, groups, session, state)

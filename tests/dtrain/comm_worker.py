@@ -290,6 +290,13 @@ def message_bytes(preset: str, **options: Any) -> Result:
     return {"ratio": read["wire_mib"] * 2**20 / plain}
 
 
+def choice(preset: str, **options: Any) -> Result:
+    """What is chosen, what is said of it, and whether it trains."""
+    run = Run(preset, **options)
+    losses = [run.step(step) for step in range(4)]
+    return {"preset": run.comm.preset, "said": run.comm.said, "losses": losses}
+
+
 def resume(preset: str, *, folder: str = "", first: int = 1, **options: Any) -> Result:
     """Train, save in the middle, train on; or load and train on."""
     run = Run(preset, **options)
@@ -314,7 +321,7 @@ SCENARIOS: dict[str, Callable[..., Result]] = {
     scenario.__name__: scenario
     for scenario in (
         gradients, weights, not_finite, tiny_gradients, feedback, accumulation, other_parts, reentrant, alarm,
-        message_bytes, resume,
+        message_bytes, choice, resume,
     )
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ TINY = ["tiny_gradients:int8", "tiny_gradients:int8-int4"]
 FEEDBACK = [f"feedback:int8-int4:error_feedback={storage}" for storage in ("none", "int8", "bf16")]
 FEEDBACK += [f"{FEEDBACK[1]}:ranks_per_node=2", f"{FEEDBACK[1]}:replicate=2:ranks_per_node=2"]
 OTHERS = ["accumulation:int8-int4", "other_parts:int8-int4", "reentrant:int8", "alarm:int8"]
+CHOICES = [f"choice:auto{shape}" for shape in SHAPES[:3]]
 REPEATED = ["weights:int8-int4", "weights:int4-delta"]
 RESUMED = ["int8-int4", "int4-delta", "int4-delta:reference=int8", "int8-int4:replicate=2"]
 
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def four(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each of four ranks measured, by scenario."""
-    scenarios = [*GRADIENTS, *WEIGHTS, "not_finite:bf16", *NAN, *BYTES, *TINY, *FEEDBACK, *OTHERS]
+    scenarios = [*GRADIENTS, *WEIGHTS, "not_finite:bf16", *NAN, *BYTES, *TINY, *FEEDBACK, *OTHERS, *CHOICES]
     resumed = [resume(preset, first) for preset in RESUMED for first in (1, 0)]
     return run(4, folder / "four.json", folder, *scenarios, *resumed)
 
@@ -142,6 +143,23 @@ def test_the_outermost_forward_says_whether_there_are_gradients(four: dict) -> N
         for digests in rank["digests"]:
             assert len(digests) == 3
             assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize("scenario", CHOICES)
+def test_auto_measures_every_link_and_ranks_choose_alike(four: dict, scenario: str) -> None:
+    ranks = four[scenario]
+    assert all(rank["preset"] == ranks[0]["preset"] and rank["said"] == ranks[0]["said"] for rank in ranks)
+    assert ranks[0]["losses"][-1] < ranks[0]["losses"][0]
+    said = "\n".join(ranks[0]["said"])
+    axes = ["shard", "replicate"] if "replicate" in scenario else ["shard"]
+    assert [f"the {axis} axis moves" in said for axis in ("shard", "replicate")] == [
+        axis in axes for axis in ("shard", "replicate")
+    ]
+    levels = scenario == "choice:auto:ranks_per_node=2"
+    assert (" within nodes" in said) == (" between nodes" in said) == levels
+    assert said.count("auto: takes ") == len(axes)
+    if len(axes) == 1:
+        assert f"auto: takes {ranks[0]['preset']} " in said
 
 
 def test_an_uncompressed_path_is_counted(four: dict) -> None:
