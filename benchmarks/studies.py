@@ -66,19 +66,19 @@ def _accuracy(study: Study) -> Iterator[str]:
     title = f"held-out loss after {steps:,} steps, {seeds} seeds, {study.settings.ranks} ranks"
     yield _row([title, "mean", f"over {BASELINE}", "in ranges of its seeds", "worst seed", "verdict"])
     yield _row(["---", *("---:" for _ in range(4)), "---"])
-    yield from (_row(_cells(c)) for c in compared)
-    yield ""
     first = compared[0]
+    yield from (_row(_cells(c, first.mean)) for c in compared)
+    yield ""
     notes = [
         f"{study.parameters:,} parameters, {study.compressed:.1%} of them compressed. Loss of the fp32 "
-        f"masters; seeds of {BASELINE}: range {first.baseline_range or 0:.5f}, standard deviation "
-        f"{first.baseline_std or 0:.5f}.",
+        f"masters; a seed is compared with the same seed of {BASELINE}, whose seeds have a range of "
+        f"{first.baseline_range or 0:.5f} and a standard deviation of {first.baseline_std or 0:.5f}.",
         *(f"{name}: {outcome.fault}." for name, outcome in study.outcomes.items() if outcome.fault),
     ]
     yield _notes(notes, study)
 
 
-def _cells(c: Comparison) -> list[str]:
+def _cells(c: Comparison, baseline: float | None) -> list[str]:
     if c.variant == BASELINE:
         return [c.variant, _number(c.mean, ".5f"), "", "", "", ""]
     share = c.gap / c.baseline_range if c.gap is not None and c.baseline_range else None
@@ -86,15 +86,19 @@ def _cells(c: Comparison) -> list[str]:
     verdict = "within std" if c.within_std else "within range" if c.within_range else f"**outside, {side}**"
     numbers = (
         _number(c.mean, ".5f"),
-        _number(c.gap, "+.5f"),
+        _share(c.gap, baseline),
         _number(share, "+.2f"),
-        _number(c.worst, "+.5f"),
+        _share(c.worst, baseline),
     )
     return [c.variant, *numbers, verdict]
 
 
 def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
+
+
+def _share(difference: float | None, whole: float | None) -> str:
+    return _number(None if difference is None or not whole else difference / whole, "+.2%")
 
 
 def _notes(notes: Iterable[str], run: Measured) -> str:

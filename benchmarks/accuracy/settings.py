@@ -1,8 +1,10 @@
 """How large the trainings are: one small video U-ViT on generated clips, the same for every variant.
 
-The sizes are chosen so that thousands of steps on four gloo ranks fit two cores, and that the loss of a run
-without compression hardly depends on the seed: a change that hides in that spread must then be small. The
-whole model is one FSDP2 unit, gathered for the forward and again for the backward as large blocks are.
+The sizes are chosen so that thousands of steps on four gloo ranks fit two cores. The learning rate is one at
+which training is stable: at three times as much loss spikes make chaos of the smallest difference, so that
+rounding weights to bf16 alone moves the final loss of a seed by 2 %, here by 0.4 %. What a preset does to a seed
+is then visible beside what another seed does. The whole model is one FSDP2 unit, gathered for the forward and
+again for the backward as large blocks are.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +40,7 @@ class Settings:
     width: int = field(default=96, metadata={"help": "features of a token"})
     depth: int = field(default=2, metadata={"help": "blocks, without the one in the middle"})
     heads: int = field(default=4, metadata={"help": "of attention"})
-    lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate"})
+    lr: float = field(default=5e-4, metadata={"help": "peak learning rate"})
     warmup: int = field(default=100, metadata={"help": "steps of warm-up"})
     ema: float = field(default=0.995, metadata={"help": "decay of the averages"})
 

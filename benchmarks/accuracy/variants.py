@@ -35,8 +35,10 @@ VARIANTS: Mapping[str, Variant] = {
     "int4-delta": Variant(_DELTA),
     "int8-int4, no feedback": Variant(replace(_INT4, error_feedback="none"), ablation=True),
     "int8-int4, no rotation": Variant(replace(_INT4, rotation=0), ablation=True),
-    "int8-int4, neither": Variant(replace(_INT4, error_feedback="none", rotation=0), ablation=True),
-    "int4-delta, no feedback": Variant(replace(_DELTA, error_feedback="none"), ablation=True),
+    "int8-int4, neither": Variant(
+        replace(_INT4, error_feedback="none", rotation=0), ablation=True, extra=True
+    ),
+    "int4-delta, no feedback": Variant(replace(_DELTA, error_feedback="none"), ablation=True, extra=True),
     "int8-int4, two levels": Variant(replace(_INT4, ranks_per_node=2), extra=True),
     "int4-delta, two levels": Variant(replace(_DELTA, ranks_per_node=2), extra=True),
     "int4-delta, int8 reference": Variant(replace(_DELTA, reference="int8"), extra=True),

@@ -156,8 +156,8 @@ def test_points_end_with_the_last_step() -> None:
 
 def test_variants() -> None:
     assert chosen(["int8"]) == [BASELINE, "int8"]
-    assert len(chosen(None)) == 9
-    assert sum(VARIANTS[name].ablation for name in chosen(None)) == 4
+    assert len(chosen(None)) == 7
+    assert sum(VARIANTS[name].ablation for name in chosen(None)) == 2
     with pytest.raises(ValueError, match="int7"):
         chosen(["int7"])
 
