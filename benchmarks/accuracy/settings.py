@@ -1,10 +1,10 @@
 """How large the trainings are: one small video U-ViT on generated clips, the same for every variant.
 
 The sizes are chosen so that thousands of steps on four gloo ranks fit two cores. The learning rate is one at
-which training is stable: at three times as much loss spikes make chaos of the smallest difference, so that
-rounding weights to bf16 alone moves the final loss of a seed by 2 %, here by 0.4 %. What a preset does to a seed
-is then visible beside what another seed does. The whole model is one FSDP2 unit, gathered for the forward and
-again for the backward as large blocks are.
+which training is stable: at three times as much loss spikes make chaos of the smallest difference, and
+rounding weights to bf16 alone moves the final loss of a seed by 2 %, here by 0.4 %. What a preset does to a
+seed is then visible beside what another seed does. The whole model is one FSDP2 unit, gathered for the
+forward and again for the backward as large blocks are.
 """
 
 from dataclasses import dataclass, field
