@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from dtrain.ema import Average
-from dtrain.kernels.adamw import Hyper, adamw_, blocks_of_row
-from dtrain.kernels.adamw import Shard as LocalShard
+from dtrain.kernels.adamw import Hyper, Shard, adamw_, blocks_of_row
 from dtrain.kernels.serving import Backend
+from dtrain.local import first_row, local_part
 
 __all__ = ["AdamW", "Moments", "has_codes"]
 
@@ -93,7 +93,8 @@ class AdamW(torch.optim.Optimizer):
             for step, parameters in self._by_step(due).items():
                 self._update(parameters, _hyper(group, step, ema), grad_scale, ema)
         if ema is not None:
-            _average_rest(ema)
+            # No update has averaged in those without a gradient.
+            ema.take_in(p for p in ema.shards if p.grad is None)
         return loss
 
     def _by_step(self, parameters: Mapping[int, nn.Parameter]) -> dict[int, dict[int, nn.Parameter]]:
@@ -121,7 +122,9 @@ class AdamW(torch.optim.Optimizer):
             _local_shard(number, parameter, self.state[parameter], averages.get(parameter))
             for number, parameter in parameters.items()
         ]
-        grads = [_local(p.grad) for p in parameters.values() if p.grad is not None]
+        grads = [local_part(p.grad) for p in parameters.values() if p.grad is not None]
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(grads[0].device)  # gradients may be on the host
         backend = self.backend
         if backend == "auto" and self.moments == "8bit" and grads[0].device.type == "cpu":
             # PyTorch's fused AdamW rounds the last elements of a shard in another way than the rest.
@@ -161,18 +164,6 @@ def _hyper(group: Mapping[str, Any], step: int, ema: Average | None) -> Hyper:
     return Hyper(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], step, weight)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _average_rest(ema: Average) -> None:
-    """Average in the parameters without a gradient, which no update has averaged in."""
-    rest = {p: average for p, average in ema.shards.items() if p.grad is None}
-    if rest:
-        current = [_local(p.detach()).float() for p in rest]
-        torch._foreach_lerp_([_local(average) for average in rest.values()], current, ema.weight)
-
-
 def _fresh_state(parameter: nn.Parameter, coded: bool) -> dict[str, Tensor]:
     # On the CPU, where the count is needed: reading it waits for no GPU.
     state = {"step": torch.zeros((), dtype=torch.float32)}
@@ -185,7 +176,7 @@ def _fresh_state(parameter: nn.Parameter, coded: bool) -> dict[str, Tensor]:
 def _fresh_scales(parameter: nn.Parameter) -> Tensor:
     """Zeros (R, K), sharded along R like the parameter."""
     blocks = blocks_of_row(math.prod(parameter.shape[1:]))
-    rows = _local(parameter).shape[0]
+    rows = local_part(parameter).shape[0]
     scales = torch.zeros(rows, blocks, dtype=torch.bfloat16, device=parameter.device)
     if not isinstance(parameter, DTensor):
         return scales
@@ -201,33 +192,12 @@ def _fresh_scales(parameter: nn.Parameter) -> Tensor:
 
 def _local_shard(
     number: int, parameter: nn.Parameter, state: Mapping[str, Tensor], average: Tensor | None
-) -> LocalShard:
+) -> Shard:
     names = _CODED if _CODED[0] in state else _PLAIN
-    return LocalShard(
-        _local(parameter),
-        **{name.replace("_codes", ""): _local(state[name]) for name in names},
-        ema=None if average is None else _local(average),
-        first_row=_first_row(parameter),
+    return Shard(
+        local_part(parameter),
+        **{name.replace("_codes", ""): local_part(state[name]) for name in names},
+        ema=None if average is None else local_part(average),
+        first_row=first_row(parameter),
         number=number,
     )
-
-
-def _first_row(parameter: Tensor) -> int:
-    """Index along dim 0 of the whole parameter at which this rank's rows start.
-
-    Raises:
-        ValueError: the parameter is not sharded along dim 0 alone.
-    """
-    first, rows = 0, parameter.shape[0] if parameter.dim() else 1
-    if not isinstance(parameter, DTensor):
-        return first
-    coordinate = parameter.device_mesh.get_coordinate()
-    assert coordinate is not None, "this rank is not in the parameter's mesh"
-    for axis, placement in enumerate(parameter.placements):
-        if type(placement) is Shard and placement.dim == 0:
-            chunk = -(-rows // parameter.device_mesh.size(axis))
-            start = min(rows, chunk * coordinate[axis])
-            first, rows = first + start, min(chunk, rows - start)
-        elif not isinstance(placement, Replicate):
-            raise ValueError(f"a parameter is placed as {placement}: must be Shard(dim=0) or Replicate()")
-    return first

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dtrain.comm.state import CommState
 from dtrain.ema import EMA
+from dtrain.precision import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +105,17 @@ class TrainingState:
     def load(self, folder: Path) -> None:
         """Fill everything from a checkpoint folder, whatever mesh wrote it.
 
+        Weights and averages may have been kept in another precision, which is said: bf16 comes exactly into
+        fp32, and fp32 is rounded to nearest once, as blocks that compute in bf16 round it at every step.
+
         Raises:
             ValueError: its optimizer kept moments of another kind.
         """
         saved = FileSystemReader(folder).read_metadata().state_dict_metadata
         tree = self.tensors()
         _check_moments(tree["optim"], saved, folder)
+        _say_conversion("optim.weights", "model", tree, saved, folder)
+        _say_conversion("ema.dtype", "ema", tree, saved, folder)
         if self.comm:
             tree["comm"] = self.comm.room(_below("comm.", saved))
         states = tree["optim"]
@@ -137,6 +143,23 @@ def _check_moments(states: dict[str, Any], there: Mapping[str, Any], folder: Pat
             f'optim.moments = "{ours}", but {folder} has moments of another kind: set '
             f'optim.moments = "{other}", or start a new run.'
         )
+
+
+def _say_conversion(
+    field: str, part: str, tree: Mapping[str, Any], there: Mapping[str, Any], folder: Path
+) -> None:
+    """Say once if what is loaded has another dtype than what it is loaded into."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    found = _below(f"{part}.", there)
+    pairs = {
+        (names[found[name].properties.dtype], names[tensor.dtype])
+        for name, tensor in tree.get(part, {}).items()
+        if name in found and found[name].properties.dtype in names and tensor.dtype in names
+    }
+    for theirs, ours in sorted(pairs):
+        if theirs != ours and dist.get_rank() == 0:
+            how = "rounded to nearest, once" if ours == "bf16" else "taken exactly"
+            log.warning('%s = "%s": what %s has in %s is %s.', field, ours, folder, theirs, how)
 
 
 def step_folders(folder: Path) -> list[Path]:

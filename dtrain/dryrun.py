@@ -16,11 +16,10 @@ from dtrain.comm.config import Scheme, scheme_of
 from dtrain.config import RunConfig, build_recipe, check_world
 from dtrain.flops import training_flops
 from dtrain.kernels.adamw import moments_bytes
+from dtrain.precision import DTYPES, Precision, convert_weights
 from dtrain.recipe import DataState, Recipe
 from dtrain.swap.attention import swap_attention
 from dtrain.swap.fusion import swap_fused
-
-_FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -37,19 +36,23 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer + self.ema
 
 
-def state_bytes(model: nn.Module, shard: int, *, ema: bool, moments: Moments = "fp32") -> StateBytes:
+def state_bytes(
+    model: nn.Module, shard: int, *, ema: bool, moments: Moments = "fp32", average: Precision = "fp32"
+) -> StateBytes:
     """Bytes of sharded parameters, gradients, AdamW moments and EMA on the first of `shard` ranks.
 
     Args:
-        model: unsharded, may be on meta.
+        model: unsharded, may be on meta; its parameters have the dtype of their shards, see
+            `dtrain.precision.convert_weights`.
         shard: size of the mesh's shard axis.
         ema: whether averages are kept.
         moments: how AdamW keeps its own.
+        average: how averages are kept.
     """
     local = {name: _rows(p, shard) * p.element_size() for name, p in model.named_parameters()}
     trained = {name: _rows(p, shard) for name, p in model.named_parameters() if p.requires_grad}
     gradients = sum(local[name] for name in trained)
-    averages = sum(trained.values()) * _FP32_BYTES if ema else 0
+    averages = sum(trained.values()) * DTYPES[average].itemsize if ema else 0
     kept = sum(_moments(p, shard, moments) for p in model.parameters() if p.requires_grad)
     return StateBytes(sum(local.values()), gradients, kept, averages)
 
@@ -83,9 +86,12 @@ def dry_run(config: RunConfig, world: int) -> list[tuple[str, str]]:
     recipe = build_recipe(config)
     with torch.device("meta"):
         model = recipe.build()
+    convert_weights(model, config.optim.weights)
     blocks = find_blocks(model, recipe.blocks(model) if recipe.blocks else None)
     replicate, shard = config.mesh.sizes(world)
-    held = state_bytes(model, shard, ema=config.ema.enabled, moments=config.optim.moments)
+    held = state_bytes(
+        model, shard, ema=config.ema.enabled, moments=config.optim.moments, average=config.ema.dtype
+    )
     accumulation = config.train.accumulation(world)
     return [
         ("run folder", str(config.run_dir)),
@@ -101,18 +107,19 @@ def dry_run(config: RunConfig, world: int) -> list[tuple[str, str]]:
         ),
         ("communication", _communication(model, config, shard, accumulation)),
         *_work_rows(recipe, config, world * accumulation, world),
-        ("state per rank", _state(held)),
+        ("state per rank", _state(held, config)),
     ]
 
 
-def _state(held: StateBytes) -> str:
-    parts = {
-        "parameters": held.parameters,
-        "gradients": held.gradients,
-        "AdamW": held.optimizer,
-        "EMA": held.ema,
-    }
-    return f"{_size(held.total)} = " + " + ".join(f"{name} {_size(size)}" for name, size in parts.items())
+def _state(held: StateBytes, config: RunConfig) -> str:
+    parts = [
+        f"parameters {_size(held.parameters)} ({config.optim.weights})",
+        f"gradients {_size(held.gradients)}",
+        f"AdamW {_size(held.optimizer)} (moments {config.optim.moments})",
+        f"EMA {_size(held.ema)}" + (f" ({config.ema.dtype})" if held.ema else ""),
+    ]
+    where = ", on the host (shard.cpu_offload)" if config.shard.cpu_offload else ""
+    return f"{_size(held.total)} = {' + '.join(parts)}{where}"
 
 
 def _attention(model: nn.Module, config: RunConfig) -> str:

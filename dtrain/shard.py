@@ -1,8 +1,11 @@
 """Sharding with FSDP2: each block a unit, the rest of the model one more.
 
-Mixed precision keeps fp32 master parameters in the shards; parameters are gathered, and compute runs, in
-`param_dtype`; gradients are reduced in `reduce_dtype`
+Shards keep the dtype of the parameters (`optim.weights`); parameters are gathered, and compute runs, in
+`param_dtype`; gradients are reduced in `reduce_dtype` and kept in that of the parameters
 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
+
+With `cpu_offload` shards, gradients, moments and averages are on the host: FSDP2 copies shards to the device
+before it gathers them, and gradients back in the backward; the optimizer runs on the CPU.
 """
 
 import logging
@@ -15,7 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
@@ -24,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """Precision and resharding of the sharded model."""
+    """Precision, resharding and place of the sharded model."""
 
     param_dtype: Literal["auto", "float32", "bfloat16"] = field(
         default="auto",
@@ -46,6 +55,14 @@ class ShardConfig:
             "holding full gradients in between (least traffic)."
         },
     )
+    cpu_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep shards, gradients, moments and averages in the host's memory, pinned, and update "
+            "them on the CPU: the last resort, paid with two copies over PCIe a step. Quick with fp32 "
+            "throughout only: what is rounded by chance takes many passes on a CPU."
+        },
+    )
     extra_units: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -63,6 +80,22 @@ def compute_dtype(config: ShardConfig, device_type: str) -> torch.dtype:
     return dtype
 
 
+def state_device(config: ShardConfig, device: torch.device) -> torch.device:
+    """Where shards, gradients, moments and averages are, of a rank that computes on `device`."""
+    return torch.device("cpu") if config.cpu_offload else device
+
+
+def to_empty(model: nn.Module, config: ShardConfig, device: torch.device) -> nn.Module:
+    """Give a sharded model on meta memory, in place: parameters where they are kept, buffers on `device`."""
+    kept = state_device(config, device)
+    model.to_empty(device=kept)
+    if kept != device:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    return model
+
+
 def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, config: ShardConfig) -> None:
     """Apply `fully_shard` in place, blocks first, then the root.
 
@@ -70,19 +103,27 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, confi
         model: parameters may be on the meta device.
         blocks: units that are gathered and freed together.
         mesh: one axis to shard over, or (replicate, shard).
-        config: precision and resharding.
+        config: precision, resharding, and where shards are.
     """
     dtype = compute_dtype(config, mesh.device_type)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=getattr(torch, config.reduce_dtype))
+    common: dict[str, Any] = {"mesh": mesh, "offload_policy": _offload_policy(config, mesh)}
     for unit in [*_extra_units(model, config.extra_units), *blocks]:
-        fully_shard(unit, mesh=mesh, mp_policy=mixed, reshard_after_forward=config.reshard_after_forward)
+        fully_shard(unit, mp_policy=mixed, reshard_after_forward=config.reshard_after_forward, **common)
     root = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=mixed.reduce_dtype, cast_forward_inputs=False)
-    fully_shard(model, mesh=mesh, mp_policy=root)
+    fully_shard(model, mp_policy=root, **common)
     if dtype != torch.float32:
         _cast_root_inputs(model, dtype)
     _guard_first_forward(model, blocks)
     if mesh.size() > 1 and mesh.size(mesh.ndim - 1) == 1:
         log.warning("mesh.shard is 1: parameters and optimizer state are replicated, not sharded.")
+
+
+def _offload_policy(config: ShardConfig, mesh: DeviceMesh) -> OffloadPolicy:
+    if config.cpu_offload and mesh.device_type == "cpu":
+        log.warning("shard.cpu_offload = true: changes nothing on the CPU, where all is on the host anyway.")
+    offloads = config.cpu_offload and mesh.device_type != "cpu"
+    return CPUOffloadPolicy() if offloads else OffloadPolicy()
 
 
 def _cast_root_inputs(model: nn.Module, dtype: torch.dtype) -> None:

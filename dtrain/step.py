@@ -1,16 +1,16 @@
 """One optimizer step: micro-batches, gradients averaged over ranks, and one pass that clips and updates."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from dtrain.adamw import AdamW
 from dtrain.ema import Average
+from dtrain.norm import gradient_norm
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import SampleRNG, seed_everything
 
@@ -107,12 +107,6 @@ def accumulate_gradients(
         loss.backward()
         total += loss.detach()
     return total
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients of all ranks as one vector, a scalar on the device."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor | None:

@@ -31,10 +31,11 @@ from dtrain.metrics import NullLog, RunLog
 from dtrain.optim import build_optimizer, set_learning_rate
 from dtrain.parallelize import ParallelConfig, parallelize
 from dtrain.plot import loss_curve
+from dtrain.precision import convert_weights
 from dtrain.recipe import Batch, DataState, Recipe
 from dtrain.rng import seed_everything
 from dtrain.sampling import draw_clips
-from dtrain.shard import compute_dtype
+from dtrain.shard import compute_dtype, to_empty
 from dtrain.step import train_step
 
 logger = logging.getLogger(__name__)
@@ -60,12 +61,13 @@ def materialise(recipe: Recipe, config: RunConfig, world: World, mesh: Any) -> n
     """Build the model without memory, shard it, then give each rank its filled shards."""
     with torch.device("meta"):
         model = recipe.build()
+    convert_weights(model, config.optim.weights)
     blocks = recipe.blocks(model) if recipe.blocks else None
     parallel = ParallelConfig(
         config.attention, config.fusion, config.activations, config.compile, config.shard, config.comm
     )
     parallelize(model, mesh, parallel, blocks)
-    model.to_empty(device=world.device)
+    to_empty(model, config.shard, world.device)
     seed_everything(config.seed, "init")
     recipe.init(model)
     return model
@@ -86,7 +88,7 @@ class Trainer:
         self.mesh = build_mesh(config.mesh, world.size, world.device.type)
         self.model = materialise(recipe, config, world, self.mesh)
         self.optimizer = build_optimizer(self.model, config.optim, config.seed)
-        self.ema = EMA(self.model, config.ema) if config.ema.enabled else None
+        self.ema = EMA(self.model, config.ema, config.seed) if config.ema.enabled else None
         self.comm = attached(self.model)
         self.state = TrainingState(
             self.model, self.optimizer, self.ema, self.comm.state if self.comm else None
@@ -263,8 +265,8 @@ class Trainer:
         replicate, shard = config.mesh.sizes(world.size)
         log.note(
             f"{count / 1e6:.2f}M parameters on {world.size} {world.device.type} rank(s), mesh {replicate} x "
-            f"{shard} (replicate x shard), compute in {dtype}, {self.accumulation} micro-batch(es) of "
-            f"{config.train.micro_batch} per rank and step"
+            f"{shard} (replicate x shard), weights in {config.optim.weights}, compute in {dtype}, "
+            f"{self.accumulation} micro-batch(es) of {config.train.micro_batch} per rank and step"
         )
         for line in self.comm.said if self.comm else ():
             log.note(f"comm: {line}")

@@ -99,14 +99,19 @@ class Unit:
     @property
     def gathered_bytes(self) -> int:
         """Bytes of a number as FSDP2 gathers it."""
-        policy = self._group.mp_policy
-        return int((policy.param_dtype or torch.float32).itemsize)
+        return int((self._group.mp_policy.param_dtype or self._dtype).itemsize)
 
     @property
     def reduced_bytes(self) -> int:
         """Bytes of a number as FSDP2 sums it."""
         policy = self._group.mp_policy
-        return int((policy.reduce_dtype or policy.param_dtype or torch.float32).itemsize)
+        return int((policy.reduce_dtype or policy.param_dtype or self._dtype).itemsize)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the shards."""
+        dtype: torch.dtype = self._group.fsdp_params[0].sharded_param.dtype
+        return dtype
 
     @property
     def trainable(self) -> tuple[int, ...]:
@@ -125,7 +130,9 @@ class Unit:
 
     def masters(self) -> Tensor:
         """This rank's shards in their own precision, padded, one behind another: a new tensor (Σ numels,)."""
-        return torch.cat([p._sharded_param_data.to(self.device) for p in self._group.fsdp_params])
+        # Shards on the host are pinned (CPUOffloadPolicy): the copies are in the order of the stream.
+        shards = [p._sharded_param_data for p in self._group.fsdp_params]
+        return torch.cat([shard.to(self.device, non_blocking=True) for shard in shards])
 
     def versions(self) -> tuple[int, ...]:
         """Numbers of which one at least changes where parameters are written to in place, or may have been.
