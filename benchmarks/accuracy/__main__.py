@@ -1,9 +1,9 @@
-"""Does compressed communication change what a model learns? `python -m benchmarks.accuracy`
+"""Does compression change what a model learns? `python -m benchmarks.accuracy`
 
-The same small video U-ViT is trained with each communication preset and with parts of them left out, on four
-ranks, from the same initial weights, on the same clips, times and noises for the same seed. The loss on clips
-that no training has seen, with the fp32 master weights and with their averages, is held against what the seed
-alone does to it without compression:
+The same small video U-ViT is trained with each communication preset, with parts of them left out, and by name
+with weights, moments and averages of fewer bits, on four ranks, from the same initial weights, on the same
+clips, times and noises for the same seed. The loss on clips that no training has seen, with the master
+weights and with their averages, is held against what the seed alone does to it without compression:
 
   within std      the means differ by no more than one standard deviation of the seeds without compression
   within range    by no more than the distance between the best and the worst of them

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.accuracy.clips import draw
@@ -21,7 +21,7 @@ from benchmarks.accuracy.compare import compare
 from benchmarks.accuracy.settings import Settings
 from benchmarks.accuracy.study import SCHEMA_VERSION, Outcome, Study
 from benchmarks.accuracy.variants import VARIANTS
-from benchmarks.accuracy.worker import Job, finished_runs
+from benchmarks.accuracy.worker import Job, finished_runs, of_study
 from benchmarks.environment import ROOT, measured_on
 from benchmarks.record import write_record
 
@@ -91,10 +91,8 @@ class _Launcher:
             return self._study
 
     def _outcome(self, name: str) -> Outcome:
-        variant = VARIANTS[name]
-        config = replace(variant.comm, exact_below=self._settings.exact_below)
-        comm = {field.name: str(getattr(config, field.name)) for field in fields(config)}
-        return Outcome(variant.ablation, comm, finished_runs(self._jobs[name]), self._faults[name])
+        variant = of_study(VARIANTS[name], self._settings)
+        return Outcome(variant.ablation, variant.words(), finished_runs(self._jobs[name]), self._faults[name])
 
 
 def _begun(settings: Settings) -> Study:

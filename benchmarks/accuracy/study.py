@@ -51,7 +51,9 @@ class Outcome:
     """A variant's trainings."""
 
     ablation: bool = field(metadata={"help": "a preset without a part of it"})
-    comm: dict[str, str] = field(metadata={"help": "its CommConfig, as text"})
+    comm: dict[str, str] = field(
+        metadata={"help": "its CommConfig, as text, and fields of other tables that it changes"}
+    )
     runs: tuple[Run, ...] = field(metadata={"help": "one for each seed that ended"})
     fault: str = field(metadata={"help": "why seeds are missing; empty where none is"})
 

@@ -8,7 +8,7 @@ from benchmarks.accuracy.variants import BASELINE
 
 __all__ = ["table"]
 
-_HEAD = f"{'':26} {'loss':>9} {'gap':>10} {'worst pair':>10} {'gap/range':>9}  {'verdict':13}"
+_HEAD = f"{'loss':>9} {'gap':>10} {'worst pair':>10} {'gap/range':>9}  {'verdict':13}"
 
 
 def table(study: Study) -> str:
@@ -33,18 +33,19 @@ def _part(study: Study, chosen: Sequence[Comparison], title: str) -> Iterator[st
         else "one seed: no spread"
     )
     yield f"held-out loss of the {title}; seeds of {BASELINE!r}: {spread}"
-    yield f"{_HEAD} {'wire':>6} {'ms/step':>8}  seeds"
+    width = max(len(comparison.variant) for comparison in chosen)
+    yield f"{'':{width}} {_HEAD} {'wire':>6} {'ms/step':>8}  seeds"
     for comparison in chosen:
-        yield _line(comparison, study.outcomes[comparison.variant])
+        yield _line(comparison, study.outcomes[comparison.variant], width)
 
 
-def _line(c: Comparison, outcome: Outcome) -> str:
+def _line(c: Comparison, outcome: Outcome, width: int) -> str:
     runs = outcome.runs
     losses = [run.loss if c.weights == "masters" else run.ema_loss for run in runs]
     seeds = " ".join("not finite" if x is None else f"{x:.5f}" for x in losses)
     share = f"{c.gap / c.baseline_range:+.2f}" if c.gap is not None and c.baseline_range else ""
     cells = [
-        f"{c.variant:26}",
+        f"{c.variant:{width}}",
         f"{_number(c.mean, '.5f'):>9}",
         f"{_number(c.gap, '+.5f'):>10}",
         f"{_number(c.worst, '+.5f'):>10}",

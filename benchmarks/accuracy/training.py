@@ -10,16 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from benchmarks.accuracy.clips import Clips, training_batches
 from benchmarks.accuracy.held_out import HeldOut
 from benchmarks.accuracy.replicas import decoded_weights, equal_on_all_ranks, relative_error
 from benchmarks.accuracy.settings import Settings
 from benchmarks.accuracy.study import Curve, Run
-from dtrain.comm import Comm, CommConfig, attach
+from benchmarks.accuracy.variants import Variant
+from dtrain.activations.policy import ActivationConfig, apply_activation_policy
+from dtrain.blocks import find_blocks
+from dtrain.comm import Comm, attach
 from dtrain.ema import EMA
 from dtrain.optim import build_optimizer, set_learning_rate
+from dtrain.precision import convert_weights
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import seed_everything
 from dtrain.step import accumulate_gradients
@@ -28,6 +32,7 @@ __all__ = ["Scene", "train"]
 
 _TRAINING_POINTS = 100
 _CPU = torch.device("cpu")
+_FP32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,11 @@ class _Model(NamedTuple):
         return {name: p.detach() for name, p in self.module.named_parameters()}
 
 
-def train(scene: Scene, config: CommConfig, seed: int) -> Run:
+def train(scene: Scene, variant: Variant, seed: int) -> Run:
     """Train, look at the held-out set, check ranks; every rank calls it and gets the same result."""
     settings = scene.settings
-    model = _build(scene, config, seed)
-    optimisation = _Optimisation(scene, model.module, seed)
+    model = _build(scene, variant, seed)
+    optimisation = _Optimisation(scene, variant, model.module, seed)
     points, held_out, busy_s = _points(settings.steps, settings.points), [], 0.0
     for step in range(settings.steps):
         begin = time.perf_counter()
@@ -73,7 +78,7 @@ def train(scene: Scene, config: CommConfig, seed: int) -> Run:
         training=_thinned(losses),
         held_out=Curve(points, tuple(held_out)),
         replicas_equal=equal_on_all_ranks(decoded),
-        repeats=_repeats(scene, config, seed, losses),
+        repeats=_repeats(scene, variant, seed, losses),
         weight_error=relative_error(decoded, model.module),
         wire_mib=wire["wire_mib"],
         wire_ratio=wire["wire_ratio"],
@@ -83,11 +88,14 @@ def train(scene: Scene, config: CommConfig, seed: int) -> Run:
     )
 
 
-def _build(scene: Scene, config: CommConfig, seed: int) -> _Model:
+def _build(scene: Scene, variant: Variant, seed: int) -> _Model:
     with torch.device("meta"):
         module = scene.recipe.build()
-    fully_shard(module, mesh=scene.mesh, reshard_after_forward=True)
-    comm = attach(module, scene.mesh, config)
+    convert_weights(module, variant.weights)
+    if variant.activations != ActivationConfig():
+        apply_activation_policy(find_blocks(module), variant.activations)
+    fully_shard(module, mesh=scene.mesh, reshard_after_forward=True, mp_policy=_FP32)
+    comm = attach(module, scene.mesh, variant.comm)
     module.to_empty(device="cpu")
     seed_everything(seed, "init")
     scene.recipe.init(module)
@@ -97,12 +105,13 @@ def _build(scene: Scene, config: CommConfig, seed: int) -> _Model:
 class _Optimisation:
     """Steps of a model, counted."""
 
-    def __init__(self, scene: Scene, module: nn.Module, seed: int) -> None:
+    def __init__(self, scene: Scene, variant: Variant, module: nn.Module, seed: int) -> None:
         self._scene, self._module, self._seed = scene, module, seed
         self._batches = training_batches(scene.clips, scene.settings, seed, scene.mesh.get_rank())
-        self._optimizer = build_optimizer(module, scene.settings.optim, seed)
+        self._optim = variant.optim(scene.settings.optim)
+        self._optimizer = build_optimizer(module, self._optim, seed)
         self._losses: list[Tensor] = []
-        self.ema = EMA(module, scene.settings.average)
+        self.ema = EMA(module, variant.ema(scene.settings.average), seed)
 
     def next_batch(self) -> Batch:
         """This rank's next samples."""
@@ -111,7 +120,7 @@ class _Optimisation:
     def step(self) -> None:
         """Forward, backward, update. No gradient norm: it would take a collective of its own."""
         step, settings = len(self._losses), self._scene.settings
-        set_learning_rate(self._optimizer, settings.optim, step, settings.steps)
+        set_learning_rate(self._optimizer, self._optim, step, settings.steps)
         loss = accumulate_gradients(
             self._module,
             self._scene.recipe,
@@ -135,12 +144,12 @@ class _Optimisation:
         return everybody.view(-1, len(mine)).T.contiguous()
 
 
-def _repeats(scene: Scene, config: CommConfig, seed: int, losses: Tensor) -> bool | None:
+def _repeats(scene: Scene, variant: Variant, seed: int, losses: Tensor) -> bool | None:
     """Whether the first losses of a second training have the same bits; tried with the first seed."""
     count = scene.settings.repeat
     if not count or seed != scene.settings.seeds[0]:
         return None
-    again = _Optimisation(scene, _build(scene, config, seed).module, seed)
+    again = _Optimisation(scene, variant, _build(scene, variant, seed).module, seed)
     for _ in range(count):
         again.step()
     return torch.equal(again.losses(), losses[:count])

@@ -12,14 +12,14 @@ from benchmarks.accuracy.held_out import HeldOut
 from benchmarks.accuracy.settings import Settings
 from benchmarks.accuracy.study import Run
 from benchmarks.accuracy.training import Scene, train
-from benchmarks.accuracy.variants import VARIANTS
+from benchmarks.accuracy.variants import VARIANTS, Variant
 from benchmarks.schema import decode
 from dtrain.dist import process_group
 from dtrain.mesh import MeshConfig, build_mesh
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Job", "finished_runs", "main"]
+__all__ = ["Job", "finished_runs", "main", "of_study"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Job:
     results: str
 
 
+def of_study(variant: Variant, settings: Settings) -> Variant:
+    """A variant with what a study sets for all."""
+    return replace(variant, comm=replace(variant.comm, exact_below=settings.exact_below))
+
+
 def finished_runs(job: Job) -> tuple[Run, ...]:
     """What a worker has written so far."""
     path = Path(job.results)
@@ -53,7 +58,7 @@ def main(job_file: str) -> None:
     job: Job = decode(Job, json.loads(Path(job_file).read_text("utf-8")))
     logging.basicConfig(level=logging.WARNING, format=f"{job.variant}: %(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
-    config = replace(VARIANTS[job.variant].comm, exact_below=job.settings.exact_below)
+    variant = of_study(VARIANTS[job.variant], job.settings)
     training, held_out = load(Path(job.clips))
     recipe = job.settings.recipe()
     runs: list[Run] = []
@@ -61,7 +66,7 @@ def main(job_file: str) -> None:
         mesh = build_mesh(MeshConfig(), world.size, "cpu")
         scene = Scene(job.settings, recipe, training, HeldOut(held_out, job.settings, recipe, mesh), mesh)
         for seed in job.settings.seeds:
-            runs.append(train(scene, config, seed))
+            runs.append(train(scene, variant, seed))
             if world.is_main:
                 _write(runs, Path(job.results))
                 log.info("seed %d: %s", seed, _words(runs[-1]))

@@ -14,8 +14,11 @@ from benchmarks.accuracy.settings import Settings
 from benchmarks.accuracy.study import SCHEMA_VERSION, Comparison, Curve, Outcome, Run, Study, read
 from benchmarks.accuracy.table import table
 from benchmarks.accuracy.training import _points, _thinned
-from benchmarks.accuracy.variants import BASELINE, VARIANTS, chosen
+from benchmarks.accuracy.variants import BASELINE, VARIANTS, Variant, chosen
 from benchmarks.record import Device, write_record
+from dtrain.activations.policy import ActivationConfig
+from dtrain.comm import CommConfig
+from tests.launch import ROOT
 
 
 def run(seed: int, loss: float | None, preset: str = BASELINE, **changes: object) -> Run:
@@ -160,6 +163,28 @@ def test_variants() -> None:
     assert sum(VARIANTS[name].ablation for name in chosen(None)) == 2
     with pytest.raises(ValueError, match="int7"):
         chosen(["int7"])
+
+
+def test_what_a_variant_changes_beside_collectives_is_in_the_file() -> None:
+    plain = VARIANTS[BASELINE].words()
+    assert plain == {name: str(value) for name, value in dataclasses.asdict(CommConfig()).items()}
+    assert Variant().words() == plain
+    variant = VARIANTS["bf16 weights, 8-bit moments, bf16 average"]
+    changed = {"optim.moments": "8bit", "optim.weights": "bf16", "ema.dtype": "bf16"}
+    assert variant.words() == plain | changed
+    settings = Settings()
+    optim, average = variant.optim(settings.optim), variant.ema(settings.average)
+    assert (optim.moments, optim.weights, average.dtype) == ("8bit", "bf16", "bf16")
+    assert (optim.lr, average.decay) == (settings.lr, settings.ema)
+    assert Variant(activations=ActivationConfig(policy="full")).words() == plain | {
+        "activations.policy": "full"
+    }
+
+
+def test_the_recorded_study_is_read() -> None:
+    recorded = read(ROOT / "benchmarks" / "results" / "accuracy" / "accuracy.json")
+    assert BASELINE in recorded.outcomes
+    assert not table(recorded).startswith("FAULT")
 
 
 def test_settings_that_do_not_fit() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy.__main__ import main
+from benchmarks.accuracy.compare import faults
 from benchmarks.accuracy.launch import run_study
 from benchmarks.accuracy.settings import Settings
 from benchmarks.accuracy.study import read
@@ -40,6 +41,23 @@ def test_two_variants_train_on_four_ranks(tmp_path: Path, capsys: pytest.Capture
     assert study.compressed > 0.98
     assert "checks: " in capsys.readouterr().out
     assert (tmp_path / "accuracy.png").exists()
+
+
+def test_less_memory_trains_as_well(tmp_path: Path) -> None:
+    name = "bf16 weights, 8-bit moments, bf16 average"
+    small = Settings(
+        steps=12, ranks=2, batch=4, seeds=(3,), clips=64, held_out=16, draws=4, points=2, repeat=6, warmup=3
+    )
+    study = run_study(small, ["none", name], tmp_path, jobs=1)
+    (plain,), (ours,) = (outcome.runs for outcome in study.outcomes.values())
+    assert not faults(study.outcomes)
+    assert plain.loss is not None
+    assert plain.ema_loss is not None
+    assert ours.training.losses[0] == pytest.approx(plain.training.losses[0], rel=3e-3)  # weights are rounded
+    assert ours.training.losses[0] != plain.training.losses[0]
+    assert ours.loss == pytest.approx(plain.loss, rel=0.02)
+    assert ours.ema_loss == pytest.approx(plain.ema_loss, rel=0.02)
+    assert (ours.repeats, ours.weight_error) == (True, 0)
 
 
 def test_a_rank_that_decodes_other_weights_is_seen(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from dtrain.checkpoint import TrainingState
 from dtrain.comm import Comm, CommConfig, attach
 from dtrain.dist import process_group
 from dtrain.ema import EMA, EMAConfig
+from dtrain.norm import gradient_norm
 from dtrain.optim import OptimConfig, build_optimizer
-from dtrain.step import gradient_norm
 from tests.dtrain import odd_model
 from tests.dtrain.odd_model import digest, inputs, loss_of
 

@@ -6,8 +6,9 @@ from torch import nn
 
 from dtrain.ema import EMA, EMAConfig, decay_at
 from dtrain.mesh import MeshConfig
+from dtrain.norm import gradient_norm
 from dtrain.optim import OptimConfig, ParamGroup, build_optimizer, lr_multiplier, set_learning_rate
-from dtrain.step import clip_coefficient, gradient_norm
+from dtrain.step import clip_coefficient
 
 
 def model() -> nn.Module:
