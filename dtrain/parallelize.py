@@ -5,12 +5,15 @@ attention -> norms and MLPs -> activation policy -> compile blocks -> fully_shar
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtrain.activations.policy import ActivationConfig, apply_activation_policy
+from dtrain.activations.region import Outside
 from dtrain.blocks import find_blocks
 from dtrain.comm import CommConfig, attach
 from dtrain.shard import ShardConfig, shard
@@ -43,11 +46,19 @@ class ParallelConfig:
 
 
 def compile_blocks(blocks: Sequence[nn.Module], config: CompileConfig) -> None:
-    """Compile each block's `forward` in place; hooks (FSDP2's) stay outside the graph."""
+    """Compile each block's `forward` in place; hooks (FSDP2's) stay outside the graph.
+
+    So do a stash and a budget: what they call is compiled. Checkpointing itself is part of the graph.
+    """
     if not config.enabled:
         return
+    compiler = partial(torch.compile, dynamic=config.dynamic)
     for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=config.dynamic)
+        forward: Any = block.forward
+        if isinstance(forward, Outside):
+            forward.compile_inside(compiler)
+        else:
+            block.forward = compiler(forward)
 
 
 def parallelize(
