@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtrain.rng import SampleRNG
@@ -52,6 +53,8 @@ class SampleRequest:
     """Overrides of the recipe's sampling settings, by field name (`steps`, `guidance`, …)."""
     progress: Callable[[int, int], object] | None = None
     """Called with (solver steps done, in all) where somebody watches."""
+    device: torch.device | None = None
+    """Where to compute; None: where the parameters are, which `shard.cpu_offload` keeps on the host."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def draw_clips(
     """
     assert recipe.sample is not None
     share = -(-count // world.size)
-    request = SampleRequest(first=world.rank * share, count=share, seed=seed, options={})
+    request = SampleRequest(first=world.rank * share, count=share, seed=seed, options={}, device=world.device)
     model.eval()
     if ema:
         with ema.swapped_into(model):

@@ -174,7 +174,7 @@ class _VideoRecipe:
         table = override(self.config.sample, request.options, "sampling options")
         items = range(request.first, request.first + request.count)
         captions, labels = self._asked(table, items, request.seed)
-        device = next(model.parameters()).device
+        device = request.device or next(model.parameters()).device
         rng = SampleRNG(request.seed, items, device)
         condition = self._condition(captions, torch.tensor(labels))
         videos = generate(

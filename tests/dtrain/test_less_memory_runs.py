@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from dtrain.config import RunConfig, load
+from dtrain.dist import World
 from dtrain.dryrun import dry_run
 from dtrain.export import export
+from dtrain.sampling import draw_clips
 from dtrain.trainer import train
 from tests.checkpoints import all_tensors
 from tests.dtrain.tiny_dit import TinyDiT
+from uvit.clips import DataConfig
+from uvit.config import UViTConfig
+from uvit.recipe import SampleTable, VideoConfig, video
 
 CONFIG = """
 recipe = "tests.dtrain.tiny_dit:recipe"
@@ -100,6 +106,28 @@ def test_what_is_exported_is_what_was_kept(run: Path, ema: bool, kind: str) -> N
     assert {x.dtype for x in exported.values()} == {torch.bfloat16}
     stored = final(run)
     assert all(x.equal(stored[f"{kind}.{name}"]) for name, x in exported.items())
+
+
+class Elsewhere(nn.Module):
+    """Its parameters are not where it computes, as with `shard.cpu_offload`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3, device="meta"))
+
+    def forward(self, x: Tensor, timesteps: Tensor, **_: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_samples_are_computed_where_the_rank_computes() -> None:
+    """The recipe's own device, that of the parameters, is for models in one piece."""
+    sizes = UViTConfig(input_size=(2, 8, 8), patch_size=(2, 4, 4), in_channels=3, width=24, heads=2)
+    data = DataConfig(kind="shapes", frames=2, height=8, width=8, workers=0)
+    recipe = video(VideoConfig(model=sizes, data=data, sample=SampleTable(steps=2, guidance=0.0)))
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    (clip,) = draw_clips(recipe, Elsewhere(), None, world, count=1, seed=0)
+    assert clip.frames.shape == (2, 8, 8, 3)
 
 
 def test_a_dry_run_says_what_state_takes(tmp_path: Path) -> None:
