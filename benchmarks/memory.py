@@ -68,8 +68,9 @@ def _replay(events: Iterable[tuple[int, int, int]]) -> int:
     held = peak = 0
     for _, address, size in events:
         if size > 0:
+            # Threads that do not profile free unseen, until the address comes again.
+            held += size - live.get(address, 0)
             live[address] = size
-            held += size
             peak = max(peak, held)
         else:
             held -= live.pop(address, 0)

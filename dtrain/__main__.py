@@ -81,6 +81,43 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="The run's TOML file.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks, a GPU each.")],
+    device: Annotated[str, typer.Option(help="a100, l40s, h100, h200 or b200.")] = "h100",
+    sets: Sets = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for timeline.png and plan.json.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Look for the fastest settings that fit.")] = False,
+    per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    link_gbyte: Annotated[float, typer.Option(help="GB/s that a GPU sends within its node.")] = 350.0,
+    port_gbit: Annotated[float, typer.Option(help="Gbit/s that a GPU sends to other nodes.")] = 400.0,
+) -> None:
+    """Say what a run would hold, send and compute, without a GPU.
+
+    A step of rank 0 runs on tensors without data: the run's own model, sharding and policies, any number of
+    ranks. Memory is counted, time is estimated. Exit status 1: it does not fit.
+
+        python -m dtrain plan run.toml --gpus 64 --device h100 --out plan/
+
+        python -m dtrain plan run.toml --gpus 8 --set activations.policy=full --fit
+    """
+    from dtrain.config import load
+    from dtrain.describe import show_rows
+    from dtrain.plan.command import plan as make
+
+    with _reported(ValueError):
+        loaded = load(config, sets or [])
+        links = {
+            "per_node": per_node,
+            "link_bytes_per_s": 1e9 * link_gbyte,
+            "port_bytes_per_s": port_gbit / 8e-9,
+        }
+        title, found, fits = make(loaded, gpus, device, links, out, fit)
+    show_rows(title, found)
+    raise typer.Exit(0 if fits else 1)
+
+
+@app.command()
 def sample(
     run: RunFolder,
     out: Annotated[

@@ -97,6 +97,13 @@ class AdamW(torch.optim.Optimizer):
             ema.take_in(p for p in ema.shards if p.grad is None)
         return loss
 
+    def make_state(self) -> None:
+        """Make the state of every parameter that has none: a step does it for those with a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter] = _fresh_state(parameter, has_codes(parameter, self.moments))
+
     def _by_step(self, parameters: Mapping[int, nn.Parameter]) -> dict[int, dict[int, nn.Parameter]]:
         """Count one update more for each, and part them by the count."""
         if not parameters:

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
+from dtrain.build import build_sharded
 from dtrain.checkpoint import (
     Checkpointer,
     Progress,
@@ -29,9 +29,7 @@ from dtrain.flops import training_flops
 from dtrain.mesh import build_mesh, mean_over
 from dtrain.metrics import NullLog, RunLog
 from dtrain.optim import build_optimizer, set_learning_rate
-from dtrain.parallelize import ParallelConfig, parallelize
 from dtrain.plot import loss_curve
-from dtrain.precision import convert_weights
 from dtrain.recipe import Batch, DataState, Recipe
 from dtrain.rng import seed_everything
 from dtrain.sampling import draw_clips
@@ -59,14 +57,7 @@ def train(config: RunConfig) -> None:
 
 def materialise(recipe: Recipe, config: RunConfig, world: World, mesh: Any) -> nn.Module:
     """Build the model without memory, shard it, then give each rank its filled shards."""
-    with torch.device("meta"):
-        model = recipe.build()
-    convert_weights(model, config.optim.weights)
-    blocks = recipe.blocks(model) if recipe.blocks else None
-    parallel = ParallelConfig(
-        config.attention, config.fusion, config.activations, config.compile, config.shard, config.comm
-    )
-    parallelize(model, mesh, parallel, blocks)
+    model = build_sharded(recipe, config, mesh)
     to_empty(model, config.shard, world.device)
     seed_everything(config.seed, "init")
     recipe.init(model)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtrain.kernels.attention_backward import Form
 from dtrain.kernels.attention_launch import refusal
-from dtrain.kernels.launch import arch_of
+from dtrain.kernels.launch import arch_of, on_gpu
 from dtrain.kernels.tiles import choice, key_steps
 
 __all__ = ["Backend", "backward_form", "serving"]
@@ -42,17 +42,18 @@ def serving(wanted: Backend, x: Tensor, keys: int, sparse: bool = False, return_
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _key_steps(device: torch.device, head_dim: int, sparse: bool) -> tuple[int, ...]:
-    return () if device.type != "cuda" else key_steps(arch_of(device), head_dim, sparse)
+    return key_steps(arch_of(device), head_dim, sparse) if on_gpu(device) else ()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(wanted: Backend, device: torch.device, dtype: torch.dtype, *call: Any) -> Backend:
     # Asked while torch.compile traces, which cannot see through the log and the cache.
-    return _chosen(wanted, device, dtype, *call)
+    return _chosen(arch_of(device) if on_gpu(device) else "", wanted, device, dtype, *call)
 
 
 @functools.cache
 def _chosen(
+    arch: str,
     wanted: Backend,
     device: torch.device,
     dtype: torch.dtype,
@@ -70,18 +71,18 @@ def _chosen(
         raise ValueError(f"backend = {wanted!r}: must be one of 'auto', {str([*refusals])[1:-1]}")
     if refusals.get(wanted):
         raise ValueError(f"backend = {wanted!r}: {refusals[wanted]}; backend = 'auto' finds one that serves")
-    order, why = _preference(device, head_dim, keys, sparse) if wanted == "auto" else ([wanted], "asked for")
+    order, why = _preference(arch, head_dim, keys, sparse) if wanted == "auto" else ([wanted], "asked for")
     chosen = next(name for name in order if not refusals[name])
-    _say(device.type, dtype, head_dim, sparse, chosen, refusals[order[0]] or why)
+    _say(arch or device.type, dtype, head_dim, sparse, chosen, refusals[order[0]] or why)
     return chosen
 
 
-def _preference(device: torch.device, head_dim: int, keys: float, sparse: bool) -> tuple[list[Backend], str]:
+def _preference(arch: str, head_dim: int, keys: float, sparse: bool) -> tuple[list[Backend], str]:
     """Backends, the best first, and why."""
-    if device.type != "cuda":
+    if not arch:
         return ["sdpa", "reference"], "not on a GPU"
-    row = choice(arch_of(device), head_dim, keys, sparse)
-    why = f"{'measured' if row else 'nothing measured'} on {arch_of(device)}"
+    row = choice(arch, head_dim, keys, sparse)
+    why = f"{'measured' if row else 'nothing measured'} on {arch}"
     ours = row.backend == "triton" if row else sparse
     return (["triton", "sdpa", "reference"] if ours else ["sdpa", "triton", "reference"]), why
 

@@ -6,15 +6,17 @@ Their `aot_cases()` say what `dtrain.kernels.aot` compiles for GPUs that are not
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 __all__ = [
-    "HAS_TRITON", "triton", "tl", "can_launch",
-    "SHARED_BYTES", "arch_of", "known_arch",
+    "HAS_TRITON", "triton", "tl", "can_launch", "on_gpu",
+    "SHARED_BYTES", "arch_of", "known_arch", "planned_for",
     "AotCase",
 ]  # fmt: skip
 
@@ -53,16 +55,39 @@ SHARED_BYTES = {
 }
 
 
+_planned: ContextVar[str] = ContextVar("_planned", default="")
+
+
+@contextmanager
+def planned_for(arch: str) -> Iterator[None]:
+    """Meanwhile choose as on a GPU of that architecture, for tensors without data; launches do nothing."""
+    token = _planned.set(arch)
+    launch = triton.runtime.jit.JITFunction.run if HAS_TRITON else None
+    if HAS_TRITON:
+        triton.runtime.jit.JITFunction.run = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+        if HAS_TRITON:
+            triton.runtime.jit.JITFunction.run = launch
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether tensors of `device` are on a GPU, or planned for one."""
+    return device.type == "cuda" or bool(_planned.get())
+
+
 def can_launch(device: torch.device) -> bool:
     """Whether Triton runs kernels on tensors of `device`: on a GPU, or on the CPU in Triton's interpreter."""
     interpreted = device.type == "cpu" and HAS_TRITON and bool(triton.knobs.runtime.interpret)
-    return interpreted or (device.type == "cuda" and HAS_TRITON)
+    return interpreted or (on_gpu(device) and HAS_TRITON)
 
 
 def arch_of(device: torch.device) -> str:
     """Architecture of a GPU, such as "sm_90"; the interpreter, on the CPU, borrows the tiles of "sm_80"."""
     if device.type == "cpu":
-        return "sm_80"
+        return _planned.get() or "sm_80"
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]

@@ -15,9 +15,15 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["Operator"]
+__all__ = ["Operator", "kernel_of"]
 
 _PLAIN = (Tensor, nn.Parameter)
+_kernels: dict[Any, dict[str, Callable[..., Any]]] = {}  # of each operator, by type of device
+
+
+def kernel_of(overload: Any, device_type: str) -> Callable[..., Any] | None:
+    """What runs when an operator of ours is called on "cpu" or "cuda"; None for operators of others."""
+    return _kernels.get(overload, {}).get(device_type)
 
 
 class Operator:
@@ -51,7 +57,7 @@ class Operator:
         torch.library.impl(name, "cuda", cuda)
         torch.library.register_fake(name, fake)
         self.overload = getattr(getattr(torch.ops, namespace), leaf).default
-        self._kernels = {"cpu": cpu, "cuda": cuda}
+        self._kernels = _kernels[self.overload] = {"cpu": cpu, "cuda": cuda}
         self._function: Any = None
         if flops is not None:
             register_flop_formula(self.overload._overloadpacket)(flops)

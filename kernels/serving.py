@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
+from dtrain.kernels.launch import on_gpu
+
 __all__ = ["Backend", "kernels_serve"]
 
 _log = logging.getLogger(__name__)
@@ -16,7 +18,6 @@ _log = logging.getLogger(__name__)
 Backend = Literal["auto", "triton", "reference"]
 
 
-@functools.cache
 def kernels_serve(backend: Backend, device: torch.device, refusal: str, otherwise: str) -> bool:
     """Whether the kernels serve: on a GPU that they can serve, unless "reference" is asked for.
 
@@ -27,10 +28,15 @@ def kernels_serve(backend: Backend, device: torch.device, refusal: str, otherwis
     Raises:
         ValueError: "triton" is asked for and cannot be, or the backend is unknown.
     """
+    return _serve(backend, on_gpu(device), refusal, otherwise)
+
+
+@functools.cache
+def _serve(backend: Backend, gpu: bool, refusal: str, otherwise: str) -> bool:
     if backend not in get_args(Backend):
         raise ValueError(f"backend = {backend!r}: must be one of 'auto', 'triton', 'reference'")
     if backend == "triton" and refusal:
         raise ValueError(f"backend = 'triton': {refusal}; backend = 'auto' finds one that serves")
-    if backend == "auto" and refusal and device.type == "cuda":
+    if backend == "auto" and refusal and gpu:
         _log.warning("%s: %s", otherwise, refusal)
-    return backend == "triton" or (backend == "auto" and device.type == "cuda" and not refusal)
+    return backend == "triton" or (backend == "auto" and gpu and not refusal)

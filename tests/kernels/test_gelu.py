@@ -21,7 +21,7 @@ from dtrain.kernels import gelu_kernels
 from dtrain.kernels import gelu_linear as module
 from dtrain.kernels.gelu_linear import gelu_linear
 from dtrain.kernels.launch import HAS_TRITON, arch_of
-from dtrain.kernels.serving import kernels_serve
+from dtrain.kernels.serving import _serve
 from tests.kernels.attention_checks import DEVICE, draw, needs_triton
 from tests.kernels.products import declared_flops, performed_flops
 from tests.launch import run_python
@@ -410,7 +410,7 @@ def test_fp64_is_refused_by_the_kernels() -> None:
 
 
 def test_what_is_not_served_on_a_gpu_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    kernels_serve.cache_clear()
+    _serve.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert module.serving("auto", "none", torch.device("cuda"), torch.float64) == "passes"

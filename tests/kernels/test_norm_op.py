@@ -15,7 +15,7 @@ from dtrain.kernels import norm as module
 from dtrain.kernels import norm_launch
 from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.norm import add_norm, gated_add, norm
-from dtrain.kernels.serving import kernels_serve
+from dtrain.kernels.serving import _serve
 from tests.kernels.attention_checks import draw, needs_triton
 from tests.kernels.norm_checks import EVERYTHING, assert_same, draw_given, draw_grads, evaluate, in_double
 from tests.launch import run_python
@@ -253,7 +253,7 @@ def test_a_backend_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch)
 def test_a_gpu_that_is_not_served_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels_serve.cache_clear()
+    _serve.cache_clear()
     monkeypatch.setattr(norm_launch, "can_launch", lambda device: True)
     cases = [
         ((torch.float32,), 1024),

@@ -19,7 +19,7 @@ from dtrain.kernels import qk_norm_rope as module
 from dtrain.kernels import qk_norm_rope_kernels, reference
 from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.qk_norm_rope import qk_norm_rope
-from dtrain.kernels.serving import kernels_serve
+from dtrain.kernels.serving import _serve
 from tests.kernels.attention_checks import DEVICE, draw, needs_triton
 from tests.launch import run_python
 
@@ -274,7 +274,7 @@ def test_auto_on_the_cpu_is_the_reference_and_copies_nothing_that_it_need_not() 
 def test_a_gpu_that_is_not_served_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels_serve.cache_clear()
+    _serve.cache_clear()
     monkeypatch.setattr(qk_norm_rope_kernels, "can_launch", lambda device: True)
     with caplog.at_level(logging.WARNING):
         served = [module._fused("auto", torch.device("cuda"), torch.float32, d) for d in (64, 33, 33)]

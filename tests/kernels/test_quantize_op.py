@@ -12,7 +12,7 @@ from dtrain.kernels import quantize as module
 from dtrain.kernels import quantize_launch
 from dtrain.kernels.payload import Format, payload_bytes, residual_numel
 from dtrain.kernels.quantize import decode, decode_add, decode_sum, decode_sum_encode, encode
-from dtrain.kernels.serving import kernels_serve
+from dtrain.kernels.serving import _serve
 from tests.kernels.attention_checks import needs_triton
 from tests.kernels.test_quantize import FORMATS, draw
 
@@ -201,7 +201,7 @@ def test_a_backend_that_cannot_serve_is_refused(monkeypatch: pytest.MonkeyPatch)
 def test_a_gpu_that_is_not_served_is_said_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels_serve.cache_clear()
+    _serve.cache_clear()
     monkeypatch.setattr(quantize_launch, "can_launch", lambda device: False)
     assert [module._server("auto", torch.device("cuda")) for _ in range(2)] == ["reference"] * 2
     assert [r.getMessage() for r in caplog.records] == [

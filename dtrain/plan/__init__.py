@@ -1,0 +1,1 @@
+"""What a run will hold, send and compute, before it runs."""
