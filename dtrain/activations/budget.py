@@ -1,4 +1,4 @@
-"""One budget of bytes for what all blocks of a rank keep, spent where it saves the most FLOPs.
+"""One budget of bytes for what all blocks of a rank keep, spent where it saves the most work.
 
 The first forward pass with new shapes runs every block as `full`, and what its operators cost is measured on
 the way, on fake tensors. As its backward pass begins, the calls that wait for it are known, and `solve`
@@ -109,7 +109,7 @@ class Budget:
         try:
             self._measured[key.kind] = measure(forward, args, kwargs)
         except Exception as error:  # a third party's block may do anything
-            self._measured[key.kind] = Measured((), 0, 0, 0)
+            self._measured[key.kind] = Measured((), 0, 0, 0, 0)
             _log.warning(
                 "activations: block %d cannot be measured without running it (%s): it recomputes everything.",
                 key.block, str(error).partition("\n")[0],
@@ -140,7 +140,7 @@ class Budget:
         places = richer_last(places, [(key.kind, count) for key, count in calls.items()])
         chosen = [front[place] for front, place in zip(fronts.values(), places, strict=True)]
         for (key, count), option in zip(calls.items(), chosen, strict=True):
-            self._adopt(key, option._replace(bytes=option.bytes // count, flops=option.flops // count))
+            self._adopt(key, option._replace(bytes=option.bytes // count))
         forward = sum(m.forward_flops * count for m, count in zip(measured, calls.values(), strict=True))
         self._say(
             Choice(tuple(chosen), sum(o.bytes for o in chosen), sum(o.flops for o in chosen), forward), calls
@@ -170,12 +170,12 @@ class Budget:
 
 def _options(measured: Measured) -> list[Option]:
     if measured.forward_flops == 0:  # not measured, or without products: nothing to gain
-        return [Option(0, 0, _NOTHING)]
-    return options(measured.ops, measured.full_flops, measured.everything_bytes)
+        return [Option(0, 0, 0, _NOTHING)]
+    return options(measured.ops, measured.full_flops, measured.pass_bytes, measured.everything_bytes)
 
 
 def _times(front: Sequence[Option], count: int) -> list[Option]:
-    return [o._replace(bytes=o.bytes * count, flops=o.flops * count) for o in front]
+    return [Option(o.bytes * count, o.flops * count, o.work * count, o.saved) for o in front]
 
 
 def _label(option: Option) -> str:

@@ -44,12 +44,14 @@ class Measured(NamedTuple):
         everything_bytes: kept where nothing is computed again.
         forward_flops: of the forward pass.
         full_flops: computed again where nothing is kept.
+        pass_bytes: written again then by operators without FLOPs.
     """
 
     ops: tuple[Op, ...]
     everything_bytes: int
     forward_flops: int
     full_flops: int
+    pass_bytes: int
 
 
 class _Call(NamedTuple):
@@ -160,6 +162,7 @@ def _fake(tensor: Tensor) -> Tensor:
 
 def _summary(recorder: _Recorder, saved: set[int], returned: set[int], begun: int) -> Measured:
     again = [call for call in recorder.calls[:begun] if call.op.flops]
+    passes = [call for call in recorder.calls[:begun] if not call.op.flops]
     kept = [
         call.op._replace(bytes=sum(recorder.made[place] for place in call.storages - returned))
         for call in again
@@ -170,4 +173,5 @@ def _summary(recorder: _Recorder, saved: set[int], returned: set[int], begun: in
         sum(recorder.made.get(place, 0) for place in saved),
         sum(call.op.flops for call in recorder.calls),
         sum(call.op.flops for call in again),
+        sum(call.op.bytes for call in passes),
     )
