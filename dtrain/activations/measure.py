@@ -13,8 +13,7 @@ Source: https://github.com/pytorch/pytorch/blob/main/torch/utils/flop_counter.py
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from dtrain.activations.region import cast_anew
 from dtrain.activations.selective import draws
 from dtrain.activations.solve import Op
 
@@ -115,17 +115,6 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 
-@contextmanager
-def _no_cast_is_kept() -> Iterator[None]:
-    """Autocast keeps casts of parameters, which would be fake ones here."""
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
-
-
 def measure(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Measured:
     """Measure one call of a block's forward, with the autocast and gradient mode of now.
 
@@ -141,7 +130,8 @@ def measure(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
         begun[0] = len(recorder.calls)
         return tensor
 
-    with _no_cast_is_kept(), fake:
+    # Autocast would keep fake casts of real parameters.
+    with cast_anew(), fake:
         args, kwargs = tree_map_only(Tensor, _fake, (tuple(args), dict(kwargs)))
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), recorder:
             output = forward(*args, **kwargs)

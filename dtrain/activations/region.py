@@ -6,8 +6,8 @@ torch.compile goes through a region and leaves the recomputation to its partitio
 Source: https://docs.pytorch.org/docs/stable/checkpoint.html (non-reentrant)
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +15,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Compiler", "Contexts", "Forward", "Outside", "Region", "gradient_holder"]
+__all__ = ["Compiler", "Contexts", "Forward", "Outside", "Region", "cast_anew", "gradient_holder"]
 
 Forward = Callable[..., Any]
 Compiler = Callable[[Forward], Forward]
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+
+
+@contextmanager
+def cast_anew() -> Iterator[None]:
+    """Within, autocast casts parameters at every use and keeps no casts."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
 
 
 class Region:
@@ -40,9 +51,13 @@ class Region:
             return self.forward(*args, **kwargs)
         # What `run` closes over lives until the backward pass: no tensors.
         forward, count, names = self.forward, len(args), tuple(kwargs)
+        # PyTorch's contexts count operators, and a cast that a block before has left behind would be missing.
+        counted = bool(self.how) and not torch.compiler.is_compiling()
 
         def run(*values: Any) -> Any:
-            return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
+            named = dict(zip(names, values[count:], strict=True))
+            with cast_anew() if counted else nullcontext():
+                return forward(*values[:count], **named)
 
         return checkpoint(run, *args, *kwargs.values(), use_reentrant=False, **self.how)
 

@@ -125,13 +125,14 @@ class Step(NamedTuple):
     grads: dict[str, Tensor]
 
 
-def step(model: nn.Module, inputs: dict[str, Tensor], micro_batches: int = 1) -> Step:
+def step(model: nn.Module, inputs: dict[str, Tensor], micro_batches: int = 1, autocast: bool = False) -> Step:
     """Gradients of so many passes, the same random numbers in each step."""
     model.zero_grad()
     torch.manual_seed(1)
     total = torch.zeros(())
     for _ in range(micro_batches):
-        loss = model(**inputs).square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**inputs).float().square().mean()
         loss.backward()
         total += loss.detach()
     return Step(total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})

@@ -69,6 +69,21 @@ def test_accumulated_and_without_gradients() -> None:
             assert torch.equal(2 * value, wanted.loss), policy
 
 
+@pytest.mark.parametrize("name", ["twice", "tiny_dit"])
+def test_under_autocast(name: str) -> None:
+    """Autocast keeps casts of weights, so that a block's second call has fewer operators than its first."""
+    model, inputs = filled(name)
+    wanted = step(model, inputs, autocast=True)
+    for policy in ("full", "products", "budget", "host, selective"):
+        changed = with_policy(model, POLICIES[policy])
+        for _ in range(2):
+            found = step(changed, inputs, autocast=True)
+            if name == "twice":  # with a cast for each use, gradients of both are added in fp32, not in bf16
+                torch.testing.assert_close(found, wanted, rtol=0.02, atol=1e-4)
+            else:
+                assert_bits(found, wanted)
+
+
 # --- what is computed again, by formula
 
 
