@@ -93,6 +93,7 @@ class HostStore:
         return copy.tensor
 
     def prefetch(self, packed: Any) -> None:
+        self._let_go()
         if packed.ahead is None:
             tensor = packed.empty()
             packed.ahead = self._copy(tensor, packed.values(), tensor)
@@ -126,10 +127,13 @@ class HostStore:
     def _hold(self, copy: _Copy) -> None:
         # See [Note: Memory under a copy].
         self._under_way.append(copy)
-        while self._under_way and self._under_way[0].event.query():
-            self._under_way.popleft()
+        self._let_go()
         while len(self._under_way) > 1 and sum(c.tensor.nbytes for c in self._under_way) > self.limit_bytes:
             _wait(*self._under_way.popleft())
+
+    def _let_go(self) -> None:
+        while self._under_way and self._under_way[0].event.query():
+            self._under_way.popleft()
 
 
 def _wait(tensor: Tensor, event: Any) -> None:

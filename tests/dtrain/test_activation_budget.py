@@ -5,6 +5,7 @@ import itertools
 import logging
 import random
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from dtrain.activations.budget import Budget, Budgeted
 from dtrain.activations.kinds import describe, describe_module
 from dtrain.activations.measure import Measured, measure
 from dtrain.activations.policy import ActivationConfig
+from dtrain.activations.region import Region
+from dtrain.activations.selective import instance_contexts
 from dtrain.activations.solve import FLOPS_A_BYTE, Op, Option, options, richer_last, solve
 from dtrain.blocks import find_blocks
 from tests.dtrain.activation_models import (
@@ -174,6 +177,19 @@ def test_costs_of_a_block_that_knows_nothing_of_us() -> None:
     assert (found.full_flops, found.pass_bytes, found.everything_bytes) == (PRODUCT, X, 2 * X)
 
 
+def test_what_is_returned_and_what_draws_is_no_option() -> None:
+    """The block after it keeps what is returned; attention with dropout is computed again."""
+    x = torch.randn(B, N, D, requires_grad=True)
+    assert measure(lambda x: (x * 2).tanh(), (x,), {}).everything_bytes == 0
+    assert measure(lambda x: (x * 2).tanh().tanh(), (x,), {}).everything_bytes == X
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    heads = torch.randn(B, HEADS, N, D // HEADS, requires_grad=True)
+    for dropout, count in ((0.0, 1), (0.1, 0)):
+        found = measure(lambda x, p=dropout: attention(x, x, x, p)[0] * 2, (heads,), {})
+        assert len(found.ops) == count
+        assert found.full_flops == ATTENTION
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_measuring_leaves_nothing_behind(dtype: torch.dtype) -> None:
     """No fake cast in autocast's cache, no draw from a generator, no gradient, no memory."""
@@ -207,6 +223,32 @@ def test_equal_work_is_one_kind() -> None:
     kinds = [x, x.t(), x.half(), x[:1], x.clone().requires_grad_(), 3, None, [x], {"x": x}]
     assert len({describe(kind) for kind in kinds}) == len(kinds)
     assert describe((x, {"x": 1})) == describe((torch.zeros(2, 3), {"x": 1}))
+
+
+def test_the_call_that_is_chosen_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    weights = [torch.randn(8, width, requires_grad=True) for width in (8, 8, 16)]
+
+    def forward(x: Tensor) -> Tensor:
+        return (((x @ weights[0]).tanh() @ weights[1]).tanh() @ weights[2]).tanh()
+
+    def again(*chosen: int) -> int:
+        calls = tuple(("aten::mm", index) for index in chosen)
+        with FlopCounterMode(display=False) as counter:
+            loss = Region(forward, partial(instance_contexts, calls, 10**6 + len(calls)))(x).sum()
+            plain = counter.get_total_flops()
+            loss.backward()
+        return counter.get_total_flops() - 3 * plain  # two products backwards for each
+
+    small, wide = 2 * 3 * 8 * 8, 2 * 3 * 8 * 16
+    assert again(0) == again(1) == small + wide
+    assert again(2) == 2 * small
+    assert again(0, 2) == small
+    assert not caplog.records
+    for _ in range(3):
+        assert again(0, 1, 7) == wide
+    (said,) = [r.message for r in caplog.records]
+    assert said.startswith("activations: aten::mm 7 should be kept but was not called")
 
 
 # --- the whole
