@@ -35,6 +35,11 @@ POLICIES = {
     "host, budget": ActivationConfig("budget", budget_gib=2 / 1024, stash="host"),
     "int8": ActivationConfig("full", stash="int8"),
 }
+RUNS = {
+    ("uvit", "float32"): ["full", "selective", "budget", "host", "int8"],
+    ("uvit", "bfloat16"): ["selective", "host", "int8"],
+    ("tiny_dit", "float32"): ["host, budget"],
+}
 
 
 @contextmanager
@@ -107,14 +112,13 @@ def compare(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
 def main(out: str) -> None:
     results: dict[str, list[Any]] = {}
     with process_group(60) as world:
-        for name in ("uvit", "tiny_dit"):
-            for dtype in ("float32", "bfloat16") if name == "uvit" else ("float32",):
-                wanted = run(name, "none", dtype)
-                for policy in POLICIES:
-                    mine = compare(run(name, policy, dtype), wanted)
-                    gathered: list[Any] = [None] * world.size
-                    dist.all_gather_object(gathered, mine)
-                    results[f"{name}-{dtype}-{policy}"] = gathered
+        for (name, dtype), policies in RUNS.items():
+            wanted = run(name, "none", dtype)
+            for policy in ("none", *policies):
+                found = wanted if policy == "none" else run(name, policy, dtype)
+                gathered: list[Any] = [None] * world.size
+                dist.all_gather_object(gathered, compare(found, wanted))
+                results[f"{name}-{dtype}-{policy}"] = gathered
         if world.is_main:
             with open(out, "w") as file:
                 json.dump(results, file)
