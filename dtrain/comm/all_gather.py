@@ -184,5 +184,5 @@ class DeltaGather(WeightGather):
         messages = self._exchange(packing, message, group)
         with meter.codec_time(masters.device):
             self.reference.add(packing.payload(messages), packing.codec)
-        self.reference.exact = packing.exact(messages)
+        self.reference.exact = packing.exact(messages).clone()  # a view would keep all messages
         return message.nbytes

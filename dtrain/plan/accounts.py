@@ -2,7 +2,7 @@
 
 __all__ = [
     "PARAMETERS", "GRADIENTS", "OPTIMIZER", "AVERAGES", "STATE",
-    "BATCH", "GATHERED", "WIRE", "BACKWARD", "OTHER", "activations", "is_activation",
+    "BATCH", "GATHERED", "WIRE", "BACKWARD", "OTHER", "HOST", "activations", "is_activation",
 ]  # fmt: skip
 
 PARAMETERS = "parameters"
@@ -15,6 +15,7 @@ GATHERED = "gathered parameters"
 WIRE = "communication buffers"
 BACKWARD = "backward and recomputation"
 OTHER = "other"
+HOST = "host memory"
 
 _FORWARD = "activations"
 

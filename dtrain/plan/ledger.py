@@ -80,6 +80,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self._device_type = device_type
         self._depth = 0
+        self._paused = False
         self.accounts: list[str] = []
         self.events: list[Event] = []
         self.marks: list[Mark] = []
@@ -93,6 +94,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._paused:
+            return func(*args, **(kwargs or {}))
         if sent := sent_by(func, args):
             self.sent.append(sent)
         # What writes to its arguments only allocates nothing.
@@ -118,6 +121,15 @@ class Ledger(TorchDispatchMode):
                 yield
         finally:
             self._depth -= 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs meanwhile takes no memory."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     @contextmanager
     def scope(self, account: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ from dtrain.plan.accounts import (
     BATCH,
     GATHERED,
     GRADIENTS,
+    HOST,
     OPTIMIZER,
     OTHER,
     PARAMETERS,
@@ -32,12 +33,14 @@ class Peak:
         accounts: bytes of each, by name.
         when: what runs.
         event: its number in the simulation.
+        host_bytes: at the most in the host's memory, beside it.
     """
 
     nbytes: int
     accounts: dict[str, int]
     when: str
     event: int
+    host_bytes: int
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -55,19 +58,24 @@ def kind_of(account: str) -> str:
 
 def find_peak(simulation: Simulation) -> Peak:
     """The peak of a step."""
-    best, at = max((live, i) for i, live in enumerate(_live(simulation)))
+    on_host = simulation.accounts.index(HOST) if HOST in simulation.accounts else None
+    live = list(_live(simulation, on_host, alone=False))
+    best = max(live)
+    at = live.index(best)
     totals = list(simulation.start)
     for delta, account in simulation.events[:at]:
         totals[account] += delta
-    accounts = {name: n for name, n in zip(simulation.accounts, totals, strict=True) if n}
+    accounts = {name: n for name, n in zip(simulation.accounts, totals, strict=True) if n and name != HOST}
     when = [mark.name for mark in simulation.marks if mark.event < at]
-    return Peak(best, accounts, when[-1] if when else "start of the step", at)
+    host = max(_live(simulation, on_host, alone=True))
+    return Peak(best, accounts, when[-1] if when else "start of the step", at, host)
 
 
-def _live(simulation: Simulation) -> Iterator[int]:
-    """Bytes before the first event, and after each."""
-    live = sum(simulation.start)
+def _live(simulation: Simulation, account: int | None, alone: bool) -> Iterator[int]:
+    """Bytes before the first event, and after each: of one account alone, or of all but that."""
+    live = sum(n for i, n in enumerate(simulation.start) if (i == account) == alone)
     yield live
-    for delta, _ in simulation.events:
-        live += delta
+    for delta, i in simulation.events:
+        if (i == account) == alone:
+            live += delta
         yield live

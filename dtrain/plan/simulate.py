@@ -24,9 +24,18 @@ from dtrain.ema import EMA
 from dtrain.kernels.launch import planned_for
 from dtrain.mesh import build_mesh
 from dtrain.optim import build_optimizer
-from dtrain.plan.accounts import AVERAGES, BACKWARD, BATCH, GRADIENTS, OPTIMIZER, PARAMETERS, activations
-from dtrain.plan.fsdp import watched
+from dtrain.plan.accounts import (
+    AVERAGES,
+    BACKWARD,
+    BATCH,
+    GRADIENTS,
+    HOST,
+    OPTIMIZER,
+    PARAMETERS,
+    activations,
+)
 from dtrain.plan.ledger import Event, Ledger, Mark
+from dtrain.plan.watch import watched
 from dtrain.plan.wire import Sent
 from dtrain.plan.work import Work
 from dtrain.recipe import Batch, DataState, Recipe
@@ -142,20 +151,23 @@ class _Step:
         self.ema = EMA(self.model, config.ema) if config.ema.enabled else None
 
     def run(self, batches: list[Batch]) -> Simulation:
-        """Warm up, then note one step."""
-        self._gradients(batches)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.make_state()
+        """Take one step to warm up, whose buffers may stay, and note another one."""
         ledger = self.ledger
+        self.optimizer.make_state()
         self._assign_state(batches)
-        before = len(ledger.events)
-        start = _totals(ledger.events, len(ledger.accounts))
         with watched(ledger), self._scopes(), ledger:
             self._gradients(batches)
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    ledger.claim(parameter.grad, GRADIENTS)
-            ledger.mark("update")
+            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()  # of nothing, but weights count as changed
+            before = len(ledger.events)
+            start = _totals(ledger.events, len(ledger.accounts))
+            for noted in (ledger.marks, ledger.sent, ledger.work):
+                noted.clear()
+            self._gradients(batches)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                ledger.claim(parameter.grad, HOST if self.config.shard.cpu_offload else GRADIENTS)
+        ledger.mark("update")
         count = len(ledger.accounts)
         return Simulation(
             accounts=tuple(ledger.accounts),
@@ -186,8 +198,9 @@ class _Step:
             BATCH: [x for batch in batches for x in batch.values() if isinstance(x, Tensor)],
         }
         for account, tensors in groups.items():
+            on_host = self.config.shard.cpu_offload and account != BATCH
             for tensor in tensors:
-                self.ledger.assign(tensor, account)
+                self.ledger.assign(tensor, HOST if on_host else account)
 
     @contextmanager
     def _scopes(self) -> Iterator[None]:

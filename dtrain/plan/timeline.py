@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dtrain.plan.accounts import HOST
 from dtrain.plan.peak import KINDS, kind_of
 from dtrain.plan.plan import Plan
 
@@ -64,13 +65,14 @@ def draw_timeline(plan: Plan, path: Path) -> Path:
 
 def _levels(plan: Plan) -> np.ndarray:
     """(kinds, events + 1) bytes."""
-    kinds = [KINDS.index(kind_of(account)) for account in plan.simulation.accounts]
-    deltas = np.zeros((len(KINDS), len(plan.simulation.events) + 1), dtype=np.int64)
+    rows = [*KINDS, HOST]
+    kinds = [rows.index(kind_of(account)) for account in plan.simulation.accounts]
+    deltas = np.zeros((len(rows), len(plan.simulation.events) + 1), dtype=np.int64)
     for kind, nbytes in zip(kinds, plan.simulation.start, strict=True):
         deltas[kind, 0] += nbytes
     for i, (delta, account) in enumerate(plan.simulation.events, start=1):
         deltas[kinds[account], i] += delta
-    return deltas.cumsum(axis=1)
+    return deltas.cumsum(axis=1)[: len(KINDS)]
 
 
 def _kept(total: np.ndarray) -> np.ndarray:

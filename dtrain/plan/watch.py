@@ -1,7 +1,8 @@
-"""The seam to FSDP2 for the planner: what it allocates and frees without an operator telling of it.
+"""What no operator tells the ledger: all seams of the planner to the insides of others, in one file.
 
 FSDP2 gives gathered parameters their memory, and takes it back, by resizing storages; and what it allocates
-around collectives are buffers, whoever's turn it is. Written against torch 2.11 to 2.13.
+around collectives are buffers, whoever's turn it is. Stashed inputs wait in the host's memory. A budget
+measures blocks on tensors without data, which take none. Written against torch 2.11 to 2.13.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,41 +14,58 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from dtrain.plan.accounts import GATHERED, WIRE
+from dtrain.activations.budget import Budget
+from dtrain.activations.host import HostStore
+from dtrain.plan.accounts import GATHERED, HOST, WIRE
 from dtrain.plan.ledger import Ledger
 
 __all__ = ["watched"]
 
-_RESIZERS = ("alloc_storage", "free_storage")
-_COLLECTIVES = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
+_Inner = Callable[..., Any]
 
 
 @contextmanager
 def watched(ledger: Ledger) -> Iterator[None]:
-    """Tell the ledger of gathered parameters and of buffers around collectives, meanwhile."""
+    """Tell the ledger of all that, meanwhile."""
+    exchanged: list[tuple[Any, str, Callable[[Ledger, _Inner], _Inner]]] = [
+        (module, name, _resizing)
+        for module in (_fsdp_param, _fsdp_param_group)
+        for name in ("alloc_storage", "free_storage")
+        if hasattr(module, name)
+    ]
+    exchanged += [
+        (FSDPParamGroup, name, _buffers)
+        for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
+    ]
+    exchanged += [
+        (FSDPParamGroup, "pre_backward", _marking),
+        (HostStore, "_buffer", _on_host),
+        (Budget, "measure", _unseen),
+    ]
     with ExitStack() as stack:
-        for module in (_fsdp_param, _fsdp_param_group):
-            for name in _RESIZERS:
-                if inner := getattr(module, name, None):
-                    stack.enter_context(mock.patch.object(module, name, _resizing(ledger, inner)))
-        for name in _COLLECTIVES:
-            inner = getattr(FSDPParamGroup, name)
-            stack.enter_context(mock.patch.object(FSDPParamGroup, name, _scoped(ledger, inner)))
-        before = FSDPParamGroup.pre_backward
-        stack.enter_context(mock.patch.object(FSDPParamGroup, "pre_backward", _marking(ledger, before)))
+        for owner, name, wrap in exchanged:
+            stack.enter_context(mock.patch.object(owner, name, wrap(ledger, getattr(owner, name))))
         yield
 
 
-def _resizing(ledger: Ledger, inner: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    def resize(tensor: Tensor) -> None:
+def _resizing(ledger: Ledger, inner: _Inner) -> _Inner:
+    def call(tensor: Tensor) -> None:
         inner(tensor)
         ledger.assign(tensor, GATHERED)
         ledger.resized(tensor)
 
-    return resize
+    return call
 
 
-def _marking(ledger: Ledger, inner: Callable[..., Any]) -> Callable[..., Any]:
+def _buffers(ledger: Ledger, inner: _Inner) -> _Inner:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ledger.scope(WIRE):
+            return inner(*args, **kwargs)
+
+    return call
+
+
+def _marking(ledger: Ledger, inner: _Inner) -> _Inner:
     def call(group: FSDPParamGroup, *args: Any, **kwargs: Any) -> Any:
         ledger.mark(f"backward of {group._module_fqn or 'the rest'}")
         return inner(group, *args, **kwargs)
@@ -55,9 +73,18 @@ def _marking(ledger: Ledger, inner: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _scoped(ledger: Ledger, inner: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with ledger.scope(WIRE):
-            return inner(*args, **kwargs)
+def _on_host(ledger: Ledger, inner: _Inner) -> _Inner:
+    def call(*args: Any) -> Any:
+        buffer = inner(*args)
+        ledger.assign(buffer, HOST)
+        return buffer
+
+    return call
+
+
+def _unseen(ledger: Ledger, inner: _Inner) -> _Inner:
+    def call(*args: Any) -> Any:
+        with ledger.paused():
+            return inner(*args)
 
     return call
