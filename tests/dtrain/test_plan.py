@@ -80,11 +80,11 @@ def simulated(config: Path, sets: str, world: int, arch: str = "") -> Simulation
         torch.set_num_threads(threads)
 
 
-FEW = (POLICIES[0], POLICIES[3], BY_OPERATORS[2])
+FEW = (POLICIES[0], BY_OPERATORS[2])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world", "sets"), [(1, POLICIES), (2, POLICIES + BY_OPERATORS), (4, FEW)])
+@pytest.mark.parametrize(("world", "sets"), [(1, POLICIES[:6:2]), (2, POLICIES + BY_OPERATORS), (4, FEW)])
 def test_the_planned_peak_is_that_of_real_ranks(config: Path, world: int, sets: tuple[str, ...]) -> None:
     out = config.parent / f"{world}.json"
     batch = f"train.global_batch={8 * world}"
@@ -172,12 +172,12 @@ def test_kernels_are_planned_as_on_the_gpu(config: Path) -> None:
 
 def test_the_fastest_that_fits_is_found(config: Path) -> None:
     roomy = replace(device("h100"), memory_bytes=2**40)
-    run = load(config, ["train.global_batch=4"])
+    run = load(config, ["train.global_batch=2"])
     best, tried = find_fit(run, 2, roomy, Rates())
     assert best is not None
     assert best.config.activations.policy == "none"
-    assert len(tried) == 2 * 5  # micro-batches of 1 and 2
-    least = 'train.global_batch=4;train.micro_batch=1;activations.policy="full";activations.mlp_chunks=4'
+    assert len(tried) == 5  # a micro-batch of 1
+    least = 'train.global_batch=2;train.micro_batch=1;activations.policy="full";activations.mlp_chunks=4'
     need = plan(config, least, 2).peak.nbytes
     tight = replace(roomy, memory_bytes=CONTEXT + int(need / (1 - FRAGMENTS)) + 2**10)
     best, _ = find_fit(run, 2, tight, Rates())
