@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from dtrain.activations.policy import stash_meter
 from dtrain.build import build_sharded
 from dtrain.checkpoint import (
     Checkpointer,
@@ -81,6 +82,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optim, config.seed)
         self.ema = EMA(self.model, config.ema, config.seed) if config.ema.enabled else None
         self.comm = attached(self.model)
+        self.stash = stash_meter(self.model)
         self.state = TrainingState(
             self.model, self.optimizer, self.ema, self.comm.state if self.comm else None
         )
@@ -120,8 +122,9 @@ class Trainer:
     def _step(self, step: int, batches: list[Batch], log: NullLog) -> None:
         config = self.config
         lr = set_learning_rate(self.optimizer, config.optim, step, config.train.steps)
-        if self.comm:
-            self.comm.meter.sample = log.due(step + 1)
+        for meter in (self.comm and self.comm.meter, self.stash):
+            if meter:
+                meter.sample = log.due(step + 1)
         result = train_step(
             self.model,
             self.recipe,
@@ -147,7 +150,7 @@ class Trainer:
     def _log_step(self, step: int, batches: list[Batch], log: NullLog, **values: Any) -> None:
         if log.due(step):
             values["loss"] = mean_over(self.mesh, values["loss"])
-            values |= self._wire(step)
+            values |= self._meters(step)
         tokens = self.recipe.tokens
         log.step(
             step,
@@ -157,12 +160,13 @@ class Trainer:
             **values,
         )
 
-    def _wire(self, step: int) -> dict[str, float]:
-        """What this rank's collectives sent and lost since the last record."""
-        if self.comm is None or self.comm.scheme is None:
-            return {}
+    def _meters(self, step: int) -> dict[str, float]:
+        """What this rank's collectives sent and lost since the last record, and what its blocks put away."""
         steps, self._metered = step - self._metered, step
-        return self.comm.meter.read(steps)
+        values: dict[str, float] = {}
+        if self.comm is not None and self.comm.scheme is not None:
+            values |= self.comm.meter.read(steps)
+        return values | (self.stash.read(steps) if self.stash else {})
 
     def _after_step(self, step: int, log: NullLog) -> None:
         config, last = self.config, step == self.config.train.steps

@@ -5,10 +5,11 @@ ranks: the process group has W of them and talks to none. So buffers, lifetimes 
 for any W, without a GPU. Kernels are chosen as on the GPU that is planned for, and their launches left out.
 """
 
+import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from dtrain.ema import EMA
 from dtrain.kernels.launch import planned_for
 from dtrain.mesh import build_mesh
 from dtrain.optim import build_optimizer
+from dtrain.parallelize import CompileConfig
 from dtrain.plan.accounts import (
     AVERAGES,
     BACKWARD,
@@ -45,6 +47,8 @@ from dtrain.step import accumulate_gradients
 __all__ = ["Simulation", "simulate"]
 
 _CPU = torch.device("cpu")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,15 @@ def simulate(config: RunConfig, world: int, arch: str = "") -> Simulation:
         world: ranks.
         arch: GPU that is planned for, such as "sm_90"; "" plans for CPU ranks.
     Raises:
-        ValueError: the config does not fit the world, or a process group is up already.
+        ValueError: the config does not fit the world, leaves its collectives to be chosen, or a process group
+            is up already.
     """
     check_world(config, world)
+    if config.comm.preset == "auto":
+        raise ValueError('comm.preset = "auto" is chosen on the links of a run: name a preset to plan with.')
+    if config.compile.enabled:
+        log.info("planned without torch.compile, which keeps no more than this and often less")
+        config = replace(config, compile=CompileConfig())
     recipe = build_recipe(config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     batches = _faked(_batches(recipe, config, world), mode)

@@ -8,7 +8,6 @@ measures blocks on tensors without data, which take none. Written against torch 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
@@ -44,7 +43,9 @@ def watched(ledger: Ledger) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         for owner, name, wrap in exchanged:
-            stack.enter_context(mock.patch.object(owner, name, wrap(ledger, getattr(owner, name))))
+            inner = getattr(owner, name)
+            stack.callback(setattr, owner, name, inner)
+            setattr(owner, name, wrap(ledger, inner))
         yield
 
 

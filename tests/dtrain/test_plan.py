@@ -159,6 +159,11 @@ def test_what_does_not_fit_is_refused_with_what_to_change(config: Path) -> None:
     assert plan(config, "train.global_batch=16", 2).advice == []
 
 
+def test_what_a_run_would_choose_cannot_be_planned(config: Path) -> None:
+    with pytest.raises(ValueError, match="name a preset to plan with"):
+        simulated(config, 'train.global_batch=8;comm.preset="auto"', 2)
+
+
 def test_kernels_are_planned_as_on_the_gpu(config: Path) -> None:
     """Ours keep less than PyTorch's, and attention is PyTorch's there, whose tensors a CPU has as well."""
     kept = [
