@@ -110,6 +110,8 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, confi
     common: dict[str, Any] = {"mesh": mesh, "offload_policy": _offload_policy(config, mesh)}
     for unit in [*_extra_units(model, config.extra_units), *blocks]:
         fully_shard(unit, mp_policy=mixed, reshard_after_forward=config.reshard_after_forward, **common)
+    for line in padded_parameters(model, mesh.size(mesh.ndim - 1), dtype):
+        log.warning("shard: %s", line)
     root = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=mixed.reduce_dtype, cast_forward_inputs=False)
     fully_shard(model, mp_policy=root, **common)
     if dtype != torch.float32:
@@ -124,6 +126,27 @@ def _offload_policy(config: ShardConfig, mesh: DeviceMesh) -> OffloadPolicy:
         log.warning("shard.cpu_offload = true: changes nothing on the CPU, where all is on the host anyway.")
     offloads = config.cpu_offload and mesh.device_type != "cpu"
     return CPUOffloadPolicy() if offloads else OffloadPolicy()
+
+
+def padded_parameters(model: nn.Module, ranks: int, dtype: torch.dtype) -> list[str]:
+    """What FSDP2 gathers several times over, in words, a line for each such parameter.
+
+    Rows, indices of dim 0, are padded to a multiple of the ranks: a table of positions (1, N, D) is gathered
+    as `ranks` tables. Below 64 MiB it is not worth a word.
+    """
+    found = []
+    for name, parameter in model.named_parameters():
+        if not parameter.dim() or parameter.shape[0] >= ranks or not parameter.numel():
+            continue
+        rows, whole = parameter.shape[0], parameter.numel() * dtype.itemsize
+        gathered = whole // rows * ranks
+        if gathered - whole >= 2**26:
+            found.append(
+                f"{name} {tuple(parameter.shape)} has {rows} row(s) for {ranks} ranks: FSDP2 pads and gathers "
+                f"{gathered / 2**30:.2f} GiB for {whole / 2**30:.2f}. Share it among fewer ranks "
+                '(mesh.replicate), or do without (U-ViT: model.positions = "rope").'
+            )
+    return found
 
 
 def _cast_root_inputs(model: nn.Module, dtype: torch.dtype) -> None:

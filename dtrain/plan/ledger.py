@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, device_type: str = "cpu") -> None:
         super().__init__()
-        self._device_type = device_type
+        self.device_type = device_type
         self._depth = 0
         self._paused = False
         self.accounts: list[str] = []
@@ -99,7 +99,7 @@ class Ledger(TorchDispatchMode):
         if sent := sent_by(func, args):
             self.sent.append(sent)
         # What writes to its arguments only allocates nothing.
-        kernel = None if func._schema.is_mutable else kernel_of(func, self._device_type)
+        kernel = None if func._schema.is_mutable else kernel_of(func, self.device_type)
         if kernel is None:
             out = func(*args, **(kwargs or {}))
         else:

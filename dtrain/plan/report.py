@@ -24,6 +24,7 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         ("sends", f"{_gib(cost.wire_bytes)} a GPU and step: {_collectives(plan)}"),
         ("step, estimated", f"{cost.step_s:.3g} s = {_parts(plan)}"),
         ("  assumed", plan.rates.said()),
+        *(("padded", line) for line in plan.simulation.padded),
         ("fits", "yes" if plan.fits else "NO"),
         *(("  change", line) for line in plan.advice),
     ]

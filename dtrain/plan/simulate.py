@@ -41,7 +41,7 @@ from dtrain.plan.watch import watched
 from dtrain.plan.wire import Sent
 from dtrain.plan.work import Work
 from dtrain.recipe import Batch, DataState, Recipe
-from dtrain.shard import to_empty
+from dtrain.shard import compute_dtype, padded_parameters, to_empty
 from dtrain.step import accumulate_gradients
 
 __all__ = ["Simulation", "simulate"]
@@ -63,6 +63,7 @@ class Simulation:
         sent: collectives.
         work: of each operator.
         parameters: of the model.
+        padded: parameters that are gathered several times over, in words.
         micro_batches: of the step, at most two: the third holds what the second does.
     """
 
@@ -73,6 +74,7 @@ class Simulation:
     sent: tuple[Sent, ...]
     work: tuple[Work, ...]
     parameters: int
+    padded: tuple[str, ...]
     micro_batches: int
 
 
@@ -93,6 +95,8 @@ def simulate(config: RunConfig, world: int, arch: str = "") -> Simulation:
     if config.compile.enabled:
         log.info("planned without torch.compile, which keeps no more than this and often less")
         config = replace(config, compile=CompileConfig())
+    if arch and config.shard.param_dtype == "auto":  # as on a GPU
+        config = replace(config, shard=replace(config.shard, param_dtype="bfloat16"))
     recipe = build_recipe(config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     batches = _faked(_batches(recipe, config, world), mode)
@@ -156,6 +160,8 @@ class _Step:
         names = {module: name for name, module in self.model.named_modules()}
         self.blocks = {names[block]: block for block in blocks}
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        dtype = compute_dtype(config.shard, ledger.device_type)
+        self.padded = tuple(padded_parameters(self.model, mesh.size(mesh.ndim - 1), dtype))
         to_empty(self.model, config.shard, _CPU)
         self.optimizer = build_optimizer(self.model, config.optim, config.seed)
         self.ema = EMA(self.model, config.ema) if config.ema.enabled else None
@@ -187,6 +193,7 @@ class _Step:
             sent=tuple(ledger.sent),
             work=tuple(ledger.work),
             parameters=self.parameters,
+            padded=self.padded,
             micro_batches=len(batches),
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtrain.blocks import find_blocks
 from dtrain.config import build_recipe, load
@@ -18,6 +18,7 @@ from dtrain.plan.fit import find_fit
 from dtrain.plan.peak import find_peak
 from dtrain.plan.plan import CONTEXT, FRAGMENTS, Plan, make_plan
 from dtrain.plan.simulate import Simulation, simulate
+from dtrain.shard import padded_parameters
 from tests.dtrain import plan_worker
 from tests.launch import run_python, torchrun
 
@@ -159,6 +160,16 @@ def test_what_does_not_fit_is_refused_with_what_to_change(config: Path) -> None:
     assert plan(config, "train.global_batch=16", 2).advice == []
 
 
+def test_a_table_that_every_rank_pads_is_named() -> None:
+    model = nn.Module()
+    model.positions = nn.Parameter(torch.empty(1, 2**15, 2**10, device="meta"))
+    model.weight = nn.Parameter(torch.empty(8, 2**22, device="meta"))
+    (line,) = padded_parameters(model, 8, torch.bfloat16)
+    assert line.startswith("positions (1, 32768, 1024) has 1 row(s) for 8 ranks")
+    assert "0.50 GiB for 0.06" in line
+    assert padded_parameters(model, 1, torch.bfloat16) == []
+
+
 def test_what_a_run_would_choose_cannot_be_planned(config: Path) -> None:
     with pytest.raises(ValueError, match="name a preset to plan with"):
         simulated(config, 'train.global_batch=8;comm.preset="auto"', 2)
@@ -173,6 +184,15 @@ def test_kernels_are_planned_as_on_the_gpu(config: Path) -> None:
         for backend in ("auto", "reference")
     ]
     assert kept[0] < 0.8 * kept[1]
+
+
+def test_compute_is_planned_in_the_gpus_dtype(config: Path) -> None:
+    batch = "train.global_batch=8"
+    auto, asked, cpu = (
+        find_peak(simulated(config, sets, 2, arch)).nbytes
+        for sets, arch in ((batch, "sm_90"), (f"{batch};shard.param_dtype=bfloat16", "sm_90"), (batch, ""))
+    )
+    assert auto == asked < 0.7 * cpu
 
 
 def test_the_fastest_that_fits_is_found(config: Path) -> None:
