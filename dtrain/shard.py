@@ -142,7 +142,7 @@ def padded_parameters(model: nn.Module, ranks: int, dtype: torch.dtype) -> list[
         gathered = whole // rows * ranks
         if gathered - whole >= 2**26:
             found.append(
-                f"{name} {tuple(parameter.shape)} has {rows} row(s) for {ranks} ranks: FSDP2 pads and gathers "
+                f"{name} {tuple(parameter.shape)}, {rows} row(s) for {ranks} ranks: FSDP2 pads and gathers "
                 f"{gathered / 2**30:.2f} GiB for {whole / 2**30:.2f}. Share it among fewer ranks "
                 '(mesh.replicate), or do without (U-ViT: model.positions = "rope").'
             )

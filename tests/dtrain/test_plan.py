@@ -165,7 +165,7 @@ def test_a_table_that_every_rank_pads_is_named() -> None:
     model.positions = nn.Parameter(torch.empty(1, 2**15, 2**10, device="meta"))
     model.weight = nn.Parameter(torch.empty(8, 2**22, device="meta"))
     (line,) = padded_parameters(model, 8, torch.bfloat16)
-    assert line.startswith("positions (1, 32768, 1024) has 1 row(s) for 8 ranks")
+    assert line.startswith("positions (1, 32768, 1024), 1 row(s) for 8 ranks")
     assert "0.50 GiB for 0.06" in line
     assert padded_parameters(model, 1, torch.bfloat16) == []
 
