@@ -25,6 +25,8 @@ def plan(
     """
     rates, planned = Rates(**links), device(gpu)  # type: ignore[arg-type]
     found, tried = find_fit(config, gpus, planned, rates) if fit else (None, [])
+    if fit and found is None:
+        tried.append(("--fit", "nothing that was tried fits; what follows is the config as it is"))
     made = found or make_plan(config, gpus, planned, rates)
     table = [*tried, *rows(made)]
     if out is not None:
