@@ -68,6 +68,19 @@ def process_group(timeout_s: float = 600.0) -> Iterator[World]:
     try:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         yield World(dist.get_rank(), dist.get_world_size(), device, local_size)
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Take the default process group down, all ranks together, with every group that a mesh made.
+
+    A group that outlives this, because a model in a reference cycle holds its mesh, keeps threads: one that
+    releases a tensor while the interpreter ends is stopped inside a destructor, and the process aborts.
+    """
+    try:
         dist.barrier()
         gc.collect()
     finally:

@@ -1,9 +1,10 @@
 """Does compression change what a model learns? `python -m benchmarks.accuracy`
 
 The same small video U-ViT is trained with each communication preset, with parts of them left out, and by name
-with weights, moments and averages of fewer bits, on four ranks, from the same initial weights, on the same
-clips, times and noises for the same seed. The loss on clips that no training has seen, with the master
-weights and with their averages, is held against what the seed alone does to it without compression:
+with weights, moments, averages and stashed activations of fewer bits, on four ranks, from the same initial
+weights, on the same clips, times and noises for the same seed. The loss on clips that no training has seen,
+with the master weights and with their averages, is held against what the seed alone does to it without
+compression:
 
   within std      the means differ by no more than one standard deviation of the seeds without compression
   within range    by no more than the distance between the best and the worst of them
@@ -31,6 +32,8 @@ examples:
   python -m benchmarks.accuracy                             all of it
   python -m benchmarks.accuracy --steps 200 --seeds 0 1     a first look
   python -m benchmarks.accuracy --variants int8 int4-delta  two presets beside the baseline
+  python -m benchmarks.accuracy --variants "8-bit moments" "int8 stash"
+                                                            what saves memory
   python -m benchmarks.accuracy --show                      table and picture of the study that is there
 
 variants: {"; ".join(name for name, v in VARIANTS.items() if not v.extra)}

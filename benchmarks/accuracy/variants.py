@@ -82,6 +82,8 @@ VARIANTS: Mapping[str, Variant] = {
     "bf16 weights, 8-bit moments, bf16 average": Variant(
         moments="8bit", weights="bf16", average="bf16", extra=True
     ),
+    "int8 stash": Variant(activations=ActivationConfig(policy="full", stash="int8"), extra=True),
+    "fp8 stash": Variant(activations=ActivationConfig(policy="full", stash="fp8"), extra=True),
 }
 
 

@@ -36,6 +36,7 @@ from dtrain.comm import CommConfig, attach
 from dtrain.comm.all_gather import WeightGather
 from dtrain.comm.config import PRESETS, Preset
 from dtrain.comm.reduce_scatter import GradientReduce
+from dtrain.dist import leave_process_group
 
 __all__ = ["Overlap", "main", "shares"]
 
@@ -219,8 +220,7 @@ def _rank(rank: int, shape: Shape, presets: Sequence[Preset], folder: str) -> No
     overlaps = [_measure(shape, preset, mesh) for preset in presets]
     if rank == 0:
         Path(folder, "overlaps.json").write_text(json.dumps([asdict(one) for one in overlaps]))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from dtrain.comm import CommConfig, attach
 from dtrain.comm.packing import Packing
 from dtrain.comm.reference import Reference
+from dtrain.dist import leave_process_group
 from tests.dtrain import odd_model
 from tests.dtrain.odd_model import digest, inputs, loss_of
 
@@ -293,8 +294,7 @@ def main(out: str, device: str, *scenarios: str) -> None:
         results[scenario] = everyone
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

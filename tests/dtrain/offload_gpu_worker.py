@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from dtrain.checkpoint import CheckpointConfig, Checkpointer, Progress, TrainingState
 from dtrain.comm import CommConfig
 from dtrain.comm.fsdp import find_units
+from dtrain.dist import leave_process_group
 from dtrain.ema import EMA, EMAConfig
 from dtrain.init import fill_parameters
 from dtrain.local import local_part
@@ -168,8 +169,7 @@ def main(out: str, folder: str, device: str, *presets: str) -> None:
                 found["to device"] = through_disk(offloaded, twins[1], Path(folder, "b"))
     if dist.get_rank() == 0:
         torch.save(found, out)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":
