@@ -68,7 +68,8 @@ def adamw_(
     """Update parameters, moments and averages of one device in place.
 
     What is rounded by chance follows from (seed, how.step, shard.number) and an element's place in its whole
-    parameter: any sharding along dim 0 gives the same bits, and so do the kernel and the reference.
+    parameter: any sharding along dim 0, without codes along any, gives the same bits, and so do the kernel
+    and the reference.
 
     Args:
         shards: parameters and their state; empty ones are left.
@@ -160,6 +161,8 @@ def check(shard: Shard, grad: Tensor) -> None:
 
 
 def _check_scales(shard: Shard) -> None:
+    if shard.runs is not None:
+        raise ValueError(f"codes with {shard.runs}: they need consecutive rows, from first_row on")
     shape = (shard.rows, blocks_of_row(shard.row))
     for name, x in (("exp_avg_scale", shard.exp_avg_scale), ("exp_avg_sq_scale", shard.exp_avg_sq_scale)):
         if x is None or x.shape != shape or x.dtype != torch.bfloat16 or not x.is_contiguous():

@@ -35,7 +35,7 @@ from dtrain.kernels.adamw_reference import (
     blocks_of_row,
 )
 from dtrain.kernels.launch import SHARED_BYTES, AotCase, arch_of, can_launch, known_arch, tl, triton
-from dtrain.kernels.rounding import from_minifloat, random_bits, round_bf16, to_minifloat
+from dtrain.kernels.rounding import from_minifloat, random_bits, random_bits_at, round_bf16, to_minifloat
 
 __all__ = ["aot_cases", "refusal", "update"]
 
@@ -67,11 +67,16 @@ class _Line(NamedTuple):
     first_block: int
     """Of the shard, in the whole parameter."""
     first_program: int
+    first: int
+    """This and the next two in elements: `rounding.Runs`."""
+    run: int
+    pitch: int
 
 
 _LINE = tl.constexpr(len(_Line._fields))
 # Where the sizes stand in a line, after the addresses.
 _SLOT, _BLOCKS, _BLOCKS_OF_ROW, _ROW, _LEAD, _FIRST_BLOCK, _FIRST_PROGRAM = map(tl.constexpr, range(6, 13))
+_FIRST, _RUN, _PITCH = map(tl.constexpr, range(13, 16))
 
 
 @triton.jit
@@ -147,6 +152,13 @@ def _spot(
 
 
 @triton.jit
+def _scattered_bits(seed, line, o):
+    """Words of elements at offsets `o` of a shard that lies in runs, see `rounding.Runs`."""
+    first, run, pitch = tl.load(line + _FIRST), tl.load(line + _RUN), tl.load(line + _PITCH)
+    return random_bits_at(seed, first + o // run * pitch + o % run)
+
+
+@triton.jit
 def _store_moments(p_m, p_v, o, mask, p_m_scale, p_v_scale, o_block, m_block, m, v, noise):
     """With noise as codes and scales."""
     if noise is not None:
@@ -162,10 +174,10 @@ def _store_moments(p_m, p_v, o, mask, p_m_scale, p_v_scale, o_block, m_block, m,
 def _update_kernel(
     TABLE, CALLS, OWNERS, GRAD_SCALE,
     decay, beta1, rest1, beta2, rest2, step_size, inverse_root, eps, ema_weight,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, EMA: tl.constexpr, CODED: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, EMA: tl.constexpr, CODED: tl.constexpr, RUNS: tl.constexpr,
     UNIT: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """PARAM, GRAD and EMA are types; EMA and the pointer GRAD_SCALE may be None.
+    """PARAM, GRAD and EMA are types; EMA and the pointer GRAD_SCALE may be None. RUNS: places lie in runs.
 
     TABLE has the lines of `_Line`, CALLS the gradient's address and the seed of each slot, OWNERS the line of
     each program.
@@ -173,7 +185,7 @@ def _update_kernel(
     ROUND_PARAM: tl.constexpr = tl.bfloat16 == PARAM
     ROUND_EMA: tl.constexpr = tl.bfloat16 == EMA
     RANDOM: tl.constexpr = CODED or ROUND_PARAM or ROUND_EMA
-    LEADS: tl.constexpr = RANDOM and not CODED
+    LEADS: tl.constexpr = RANDOM and not CODED and not RUNS
     MOMENT: tl.constexpr = tl.uint8 if CODED else tl.float32
     line = TABLE + tl.load(OWNERS + tl.program_id(0)).to(tl.int64) * _LINE
     call = CALLS + tl.load(line + _SLOT) * 2
@@ -217,7 +229,9 @@ def _update_kernel(
 
         # What needs few registers comes first: then those of the parameters are free for the codes.
         counter = (first_block + o_block) * (_BLOCK // 4)
-        if ROUND_PARAM or ROUND_EMA:
+        if RUNS:
+            noise = _scattered_bits(seed ^ 1, line, o)
+        elif ROUND_PARAM or ROUND_EMA:
             noise = random_bits(seed ^ 1, counter, _BLOCK)
         if ROUND_PARAM:
             param = round_bf16(param, noise)
@@ -265,8 +279,10 @@ class _Place(NamedTuple):
     row: int
     lead: int
     first_block: int
+    runs: tuple[int, int, int]
     kind: tuple[Any, ...]
-    """Dtypes of parameter, gradient and average, whether moments are codes, and whether all is aligned."""
+    """Dtypes of parameter, gradient and average, whether moments are codes, whether noise lies in runs, and
+    whether all is aligned."""
 
 
 class _Launch(NamedTuple):
@@ -277,12 +293,13 @@ class _Launch(NamedTuple):
 
 
 def _place(shard: Shard, grad: Tensor) -> _Place:
-    size, start, lead = shard.param.numel(), shard.first_row * shard.row, 0
+    size, lead = shard.param.numel(), 0
+    scattered = shard.random and shard.places.run < size
     if shard.coded:
         of_row = blocks_of_row(shard.row)
         row, blocks, first_block = shard.row, shard.rows * of_row, shard.first_row * of_row
     else:
-        first_block, lead = divmod(start, BLOCK) if shard.random else (0, 0)
+        first_block, lead = divmod(shard.places.first, BLOCK) if shard.random and not scattered else (0, 0)
         row = lead + size
         blocks = of_row = blocks_of_row(row)
     tensors = shard[:6]
@@ -291,8 +308,8 @@ def _place(shard: Shard, grad: Tensor) -> _Place:
     ema = None if shard.ema is None else shard.ema.dtype
     return _Place(
         tuple(0 if x is None else x.data_ptr() for x in tensors),
-        blocks, of_row, row, lead, first_block,
-        (shard.param.dtype, grad.dtype, ema, shard.coded, aligned),
+        blocks, of_row, row, lead, first_block, shard.places,
+        (shard.param.dtype, grad.dtype, ema, shard.coded, scattered, aligned),
     )  # fmt: skip
 
 
@@ -314,7 +331,7 @@ def _launch(
     lines, owners, first = [], [], 0
     for i, (slot, x) in enumerate(places.items()):
         sizes = (x.blocks, x.blocks_of_row, x.row // unit, x.lead // unit, x.first_block, first)
-        lines.append(_Line._make((*x.addresses, slot, *sizes)))
+        lines.append(_Line._make((*x.addresses, slot, *sizes, *x.runs)))
         programs = -(-x.blocks // per_program)
         owners.append(torch.full((programs,), i, dtype=torch.int32))
         first += programs
@@ -355,12 +372,13 @@ def update(
 
 
 def _constants(kind: tuple[Any, ...], tile: _Tile) -> dict[str, Any]:
-    param, grad, ema, coded, aligned = kind
+    param, grad, ema, coded, runs, aligned = kind
     return {
         "PARAM": _WEIGHTS[param],
         "GRAD": _WEIGHTS[grad],
         "EMA": None if ema is None else _WEIGHTS[ema],
         "CODED": coded,
+        "RUNS": runs,
         "UNIT": 4 if aligned else 1,
         "TILE": tile.blocks,
         "TILES": tile.repeats,
@@ -371,15 +389,16 @@ def aot_cases() -> Iterator[AotCase]:
     """The combinations of dtypes that are of use, and an unaligned one."""
     fp32, bf16 = torch.float32, torch.bfloat16
     kinds = {
-        "fp32": (fp32, fp32, None, False, True),
-        "fp32 ema": (fp32, fp32, fp32, False, True),
-        "fp32 ema unaligned": (fp32, fp32, fp32, False, False),
-        "bf16": (bf16, bf16, None, False, True),
-        "bf16 ema": (bf16, bf16, bf16, False, True),
-        "fp32 8-bit": (fp32, fp32, None, True, True),
-        "fp32 8-bit ema": (fp32, fp32, fp32, True, True),
-        "fp32 8-bit ema unaligned": (fp32, fp32, fp32, True, False),
-        "bf16 8-bit ema": (bf16, bf16, bf16, True, True),
+        "fp32": (fp32, fp32, None, False, False, True),
+        "fp32 ema": (fp32, fp32, fp32, False, False, True),
+        "fp32 ema unaligned": (fp32, fp32, fp32, False, False, False),
+        "bf16": (bf16, bf16, None, False, False, True),
+        "bf16 ema": (bf16, bf16, bf16, False, False, True),
+        "bf16 ema in runs": (bf16, bf16, bf16, False, True, True),
+        "fp32 8-bit": (fp32, fp32, None, True, False, True),
+        "fp32 8-bit ema": (fp32, fp32, fp32, True, False, True),
+        "fp32 8-bit ema unaligned": (fp32, fp32, fp32, True, False, False),
+        "bf16 8-bit ema": (bf16, bf16, bf16, True, False, True),
     }
     for arch in SHARED_BYTES:
         for name, kind in kinds.items():

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dtrain.kernels.rounding import mix, stochastic_bf16, words
+from dtrain.kernels.rounding import Runs, mix, stochastic_bf16
 
 __all__ = [
     "BLOCK", "Hyper", "Shard", "Scalars", "blocks_of_row", "decode_first", "decode_second",
@@ -51,12 +51,14 @@ class Shard(NamedTuple):
     """This rank's part of a parameter, and all that is updated with it, in place.
 
     Args:
-        param: fp32 or bf16, contiguous: consecutive indices of dim 0.
+        param: fp32 or bf16, contiguous: consecutive indices of dim 0, or what `runs` says.
         exp_avg, exp_avg_sq: of param's shape; fp32, or uint8 codes.
         exp_avg_scale, exp_avg_sq_scale: (R, K) bf16 with codes, else None.
         ema: of param's shape, fp32 or bf16, or None.
         first_row: index along dim 0 of the whole parameter at which this part starts.
         number: of the parameter; tells its noise from that of others.
+        runs: places in the whole parameter, of a part that is cut along any dim; not with codes. None: the
+            part is consecutive rows from `first_row` on.
     """
 
     param: Tensor
@@ -67,6 +69,12 @@ class Shard(NamedTuple):
     ema: Tensor | None = None
     first_row: int = 0
     number: int = 0
+    runs: Runs | None = None
+
+    @property
+    def places(self) -> Runs:
+        """Of its elements in the whole parameter, where moments are no codes."""
+        return self.runs or Runs(self.first_row * self.row, self.param.numel(), self.param.numel())
 
     @property
     def rows(self) -> int:
@@ -208,8 +216,16 @@ class _Piece(NamedTuple):
 
     shard: Shard
     grad: Tensor
-    place: int
-    """Of its first element, which the noise belongs to."""
+    places: Runs
+    start: int
+    """Of its first element, in `places`."""
+
+    def noise(self, seed: int) -> Tensor:
+        """Words of its elements, rows of codes padded to whole blocks: (rows, elements)."""
+        rows, width = self.grad.shape
+        if self.shard.coded:
+            width = blocks_of_row(width) * BLOCK
+        return self.places.words(seed, self.start, rows * width, self.grad.device).view(rows, width)
 
 
 def _pieces(shard: Shard, grad: Tensor) -> Iterator[_Piece]:
@@ -217,15 +233,15 @@ def _pieces(shard: Shard, grad: Tensor) -> Iterator[_Piece]:
     tensors = [x if x is None else x.reshape(rows, -1) for x in (*shard[:6], grad)]
     if shard.coded:
         padded = blocks_of_row(row) * BLOCK
+        places = Runs(shard.first_row * padded, rows * padded, rows * padded)
         step = max(1, _PIECE // row)
         for i in range(0, rows, step):
             *parts, part = [x if x is None else x[i : i + step] for x in tensors]
-            yield _Piece(Shard(*parts), part, (shard.first_row + i) * padded)  # type: ignore[arg-type]
+            yield _Piece(Shard(*parts), part, places, i * padded)  # type: ignore[arg-type]
     else:
-        first = shard.first_row * shard.row
         for i in range(0, row, _PIECE):
             *parts, part = [x if x is None else x[:, i : i + _PIECE] for x in tensors]
-            yield _Piece(Shard(*parts), part, first + i)  # type: ignore[arg-type]
+            yield _Piece(Shard(*parts), part, shard.places, i)  # type: ignore[arg-type]
 
 
 def _blocks(x: Tensor) -> Tensor:
@@ -254,13 +270,13 @@ def update(
     """
     for piece in _pieces(shard, grad):
         g = piece.grad.float() if grad_scale is None else piece.grad.float() * grad_scale
-        param = _update_piece(piece.shard, g, numbers, seed, piece.place)
-        _store_weights(piece.shard, param, numbers, seed, piece.place)
+        param = _update_piece(piece, g, numbers, seed)
+        _store_weights(piece, param, numbers, seed)
 
 
-def _update_piece(shard: Shard, grad: Tensor, numbers: Scalars, seed: int, place: int) -> Tensor:
+def _update_piece(piece: _Piece, grad: Tensor, numbers: Scalars, seed: int) -> Tensor:
     """Write the moments; returns the parameters in fp32."""
-    rows, width = grad.shape
+    shard, (rows, width) = piece.shard, grad.shape
     if shard.coded:
         assert shard.exp_avg_scale is not None
         assert shard.exp_avg_sq_scale is not None
@@ -271,8 +287,7 @@ def _update_piece(shard: Shard, grad: Tensor, numbers: Scalars, seed: int, place
     m = m * numbers.beta1 + grad * numbers.rest1
     v = v * numbers.beta2 + grad * numbers.rest2 * grad
     if shard.coded:
-        count = rows * blocks_of_row(width) * BLOCK
-        noise = words(seed, place, count, grad.device).view(rows, -1, BLOCK)
+        noise = piece.noise(seed).view(rows, -1, BLOCK)
         codes, scales = encode_first(_blocks(m), noise)
         shard.exp_avg.copy_(_unblocked(codes, width))
         shard.exp_avg_scale.copy_(scales)  # type: ignore[union-attr]
@@ -288,9 +303,10 @@ def _update_piece(shard: Shard, grad: Tensor, numbers: Scalars, seed: int, place
     return param - m * numbers.step_size / (root * numbers.inverse_root + numbers.eps)
 
 
-def _store_weights(shard: Shard, param: Tensor, numbers: Scalars, seed: int, place: int) -> None:
+def _store_weights(piece: _Piece, param: Tensor, numbers: Scalars, seed: int) -> None:
     """Write parameters, and averages with what was written."""
-    noise = _noise_of(seed ^ 1, place, param, shard.coded) if shard.random_weights else None
+    shard = piece.shard
+    noise = piece.noise(seed ^ 1)[:, : param.shape[1]] if shard.random_weights else None
     shard.param.copy_(_rounded(param, noise, shard.param.dtype))
     if shard.ema is not None:
         ema = shard.ema.float()
@@ -304,10 +320,3 @@ def _rounded(x: Tensor, noise: Tensor | None, dtype: torch.dtype) -> Tensor:
         return x
     assert noise is not None
     return stochastic_bf16(x, noise)
-
-
-def _noise_of(seed: int, place: int, x: Tensor, padded: bool) -> Tensor:
-    """Words (R, L) of elements; with padded rows, those of the padding are left out."""
-    rows, width = x.shape
-    stride = blocks_of_row(width) * BLOCK if padded else width
-    return words(seed, place, rows * stride, x.device).view(rows, stride)[:, :width]

@@ -15,12 +15,17 @@ In a kernel every function takes and gives blocks (G, W); the plain ones take te
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dtrain.kernels.launch import tl, triton
 
-__all__ = ["from_minifloat", "mix", "random_bits", "round_bf16", "stochastic_bf16", "to_minifloat", "words"]
+__all__ = [
+    "Runs", "from_minifloat", "mix", "random_bits", "random_bits_at", "round_bf16", "stochastic_bf16",
+    "to_minifloat", "words",
+]  # fmt: skip
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -48,6 +53,11 @@ def words(seed: int, first: int, count: int, device: torch.device | str = "cpu")
         first: element index, at least 0.
     """
     counter = torch.arange(first // 4, (first + count + 3) // 4, dtype=torch.int64, device=device)
+    return _philox(seed, counter).flatten()[first % 4 :][:count]
+
+
+def _philox(seed: int, counter: Tensor) -> Tensor:
+    """The words (n, 4) of counters (n,) int64."""
     c0, c1 = counter & _MASK, counter >> 32
     c2 = c3 = torch.zeros_like(c0)
     k0, k1 = seed & _MASK, seed >> 32
@@ -56,7 +66,26 @@ def words(seed: int, first: int, count: int, device: torch.device | str = "cpu")
         c0, c1 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK
         c2, c3 = ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.stack([c0, c1, c2, c3], dim=1).flatten()[first % 4 :][:count]
+    return torch.stack([c0, c1, c2, c3], dim=1)
+
+
+class Runs(NamedTuple):
+    """Where the elements of a part lie in the whole tensor: runs of consecutive ones, each `pitch` on.
+
+    A part that is cut along dim 0 is one run; one of (N, D) along dim 1 has N, each D on.
+    """
+
+    first: int
+    run: int
+    pitch: int
+
+    def words(self, seed: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Random words (count,) of the part's elements `start`, …, see `words`."""
+        if start + count <= self.run or self.run == self.pitch:
+            return words(seed, self.first + start, count, device)
+        element = torch.arange(start, start + count, device=device)
+        place = self.first + element // self.run * self.pitch + element % self.run
+        return _philox(seed, place // 4).gather(1, (place % 4)[:, None]).flatten()
 
 
 def stochastic_bf16(x: Tensor, noise: Tensor) -> Tensor:
@@ -78,6 +107,14 @@ def random_bits(seed, counter, WIDTH: tl.constexpr):
     r0, r1, r2, r3 = tl.randint4x(seed, counter[:, None] + o_four[None, :])
     joined = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # (G, W/4, 2, 2), the last axis counting by two
     return tl.reshape(joined, [counter.shape[0], WIDTH])
+
+
+@triton.jit
+def random_bits_at(seed, place):
+    """Words of elements anywhere, (G, W) int64, as uint32: four times the work of `random_bits`."""
+    r0, r1, r2, r3 = tl.randint4x(seed, place >> 2)
+    lane = place & 3
+    return tl.where(lane < 2, tl.where(lane == 0, r0, r1), tl.where(lane == 2, r2, r3))
 
 
 @triton.jit

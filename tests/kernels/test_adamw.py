@@ -19,6 +19,7 @@ from dtrain.kernels import adamw_kernels
 from dtrain.kernels.adamw import Hyper, Shard, adamw_, moments_bytes, update_bytes
 from dtrain.kernels.adamw_reference import scalars, update
 from dtrain.kernels.launch import arch_of, known_arch
+from dtrain.kernels.rounding import Runs
 from tests.kernels.adamw_checks import (
     BF16,
     FP32,
@@ -136,6 +137,28 @@ def test_a_parameter_may_be_cut_anywhere(
         for name, x in whole._asdict().items():
             if isinstance(x, Tensor):
                 assert torch.cat([getattr(p, name) for p in parts]).equal(x), name
+
+
+@each_backend
+@pytest.mark.parametrize("ema", [FP32, BF16])
+def test_without_codes_it_may_be_cut_along_any_dim(step: Any, ema: torch.dtype) -> None:
+    """Also in the middle of a counter's four words, and of what is updated at a time."""
+    cuts = [((1, 6, 200), 1, 2), ((1, 1100, 130), 2, 65), ((3, 7, 50), 2, 10), ((7, 9), 1, 1)]
+    for shape, dim, size in cuts:
+        whole = draw_shard(shape, BF16, False, ema, number=2)
+        inner = math.prod(shape[dim + 1 :])
+        parts = [
+            map_tensors(lambda x, d=dim, i=i, n=size: x.narrow(d, i, n).clone(), whole)._replace(
+                runs=Runs(i * inner, size * inner, shape[dim] * inner)
+            )
+            for i in range(0, shape[dim], size)
+        ]
+        (grad,) = draw_grads([whole], FP32, seed=1)
+        step([whole], [grad], HOW, seed=4)
+        step(parts, [g.contiguous() for g in grad.split(size, dim)], HOW, seed=4)
+        for name, x in whole._asdict().items():
+            if isinstance(x, Tensor):
+                assert torch.cat([getattr(p, name) for p in parts], dim).equal(x), (shape, name)
 
 
 @needs_triton
@@ -345,6 +368,7 @@ def test_gradients_with_other_strides_and_empty_shards() -> None:
             {"exp_avg_sq": torch.zeros(2, 256, device=DEVICE)},
             r"exp_avg_sq has dtype torch.float32: must be torch.uint8",
         ),
+        ({"runs": Runs(0, 256, 512)}, r"codes with Runs\(first=0, .* need consecutive rows"),
         ({"exp_avg_scale": None}, r"exp_avg_scale None: must be contiguous \(2, 2\) torch.bfloat16"),
     ],
 )
