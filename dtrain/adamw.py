@@ -4,7 +4,8 @@ Moments are fp32, or eight bits with a scale for each 128 elements of a row of d
 like its parameter, as DTensors, so that a checkpoint stores every shard once and loads on any mesh. Where
 rows are cut changes no bit of an update, but for fp32 on the CPU, which is PyTorch's own.
 
-Small parameters keep moments in fp32: of fewer than 4,096 elements, or with rows shorter than a block.
+Some parameters keep moments in fp32: small ones, of fewer than 4,096 elements or with rows shorter than a
+block, and those of one row, which may be cut along any dim (`dtrain.placement`).
 """
 
 import math
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from dtrain.ema import Average
 from dtrain.kernels.adamw import Hyper, Shard, adamw_, blocks_of_row
 from dtrain.kernels.serving import Backend
-from dtrain.local import first_row, local_part
+from dtrain.local import first_row, local_part, runs
 
 __all__ = ["AdamW", "Moments", "has_codes"]
 
@@ -31,16 +32,16 @@ _CODED = ("exp_avg_codes", "exp_avg_sq_codes", "exp_avg_scale", "exp_avg_sq_scal
 
 def has_codes(parameter: Tensor, moments: Moments) -> bool:
     """Whether a parameter's moments are codes of eight bits; by its whole shape, the same on every mesh."""
-    long_rows = math.prod(parameter.shape[1:]) >= 128
-    return moments == "8bit" and parameter.numel() >= 4096 and long_rows
+    rows = parameter.dim() > 0 and parameter.shape[0] > 1 and math.prod(parameter.shape[1:]) >= 128
+    return moments == "8bit" and parameter.numel() >= 4096 and rows
 
 
 class AdamW(torch.optim.Optimizer):
     """As `torch.optim.AdamW`, whose state it has when moments are fp32; eight bits have names of their own.
 
     Args:
-        params: fp32 or bf16 parameters or groups of them, plain or DTensors sharded along dim 0. bf16 ones
-            are rounded by chance.
+        params: fp32 or bf16 parameters or groups of them, plain or DTensors sharded along one dim, those
+            with moments of eight bits along dim 0. bf16 ones are rounded by chance.
         lr, betas, eps, weight_decay: as in torch.
         moments: how first and second moments are kept. A run cannot change it.
         seed: of what is rounded by chance; the run's.
@@ -200,11 +201,13 @@ def _fresh_scales(parameter: nn.Parameter) -> Tensor:
 def _local_shard(
     number: int, parameter: nn.Parameter, state: Mapping[str, Tensor], average: Tensor | None
 ) -> Shard:
-    names = _CODED if _CODED[0] in state else _PLAIN
+    coded = _CODED[0] in state
+    names = _CODED if coded else _PLAIN
     return Shard(
         local_part(parameter),
         **{name.replace("_codes", ""): local_part(state[name]) for name in names},
         ema=None if average is None else local_part(average),
-        first_row=first_row(parameter),
+        first_row=first_row(parameter) if coded else 0,
         number=number,
+        runs=None if coded else runs(parameter),
     )

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dtrain.comm.state import CommState
 from dtrain.ema import EMA
+from dtrain.moments import room_for_codes, take_codes
 from dtrain.precision import DTYPES
 
 log = logging.getLogger(__name__)
@@ -119,8 +120,13 @@ class TrainingState:
         if self.comm:
             tree["comm"] = self.comm.room(_below("comm.", saved))
         states = tree["optim"]
-        tree["optim"] = {name: state for name, state in states.items() if _below(f"optim.{name}.", saved)}
+        there = {name: _below(f"optim.{name}.", saved) for name in states}
+        coded = {name: room_for_codes(state, there[name]) for name, state in states.items()}
+        tree["optim"] = {name: coded[name] or state for name, state in states.items() if there[name]}
         load(tree, checkpoint_id=folder)
+        for name, codes in coded.items():
+            if codes:
+                take_codes(states[name], codes)
         if self.comm:
             self.comm.load(tree["comm"])
         groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]

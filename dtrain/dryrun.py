@@ -1,7 +1,7 @@
 """What a run would be, without running it: the model on meta, one batch of data, and bytes by arithmetic.
 
-FSDP2 splits each parameter along its first dimension into equal chunks, the last ones short or empty, so rank
-0 of a shard group of S holds ceil(d0 / S) rows of each: the most of any rank.
+FSDP2 splits each parameter along one dim (`dtrain.placement`) into equal chunks, the last ones short or
+empty, so rank 0 of a shard group holds the most of any rank.
 """
 
 import math
@@ -16,6 +16,7 @@ from dtrain.comm.config import Scheme, scheme_of
 from dtrain.config import RunConfig, build_recipe, check_world
 from dtrain.flops import training_flops
 from dtrain.kernels.adamw import moments_bytes
+from dtrain.placement import shard_numel
 from dtrain.precision import DTYPES, Precision, convert_weights
 from dtrain.recipe import DataState, Recipe
 from dtrain.swap.attention import swap_attention
@@ -49,8 +50,8 @@ def state_bytes(
         moments: how AdamW keeps its own.
         average: how averages are kept.
     """
-    local = {name: _rows(p, shard) * p.element_size() for name, p in model.named_parameters()}
-    trained = {name: _rows(p, shard) for name, p in model.named_parameters() if p.requires_grad}
+    local = {name: shard_numel(p, shard) * p.element_size() for name, p in model.named_parameters()}
+    trained = {name: shard_numel(p, shard) for name, p in model.named_parameters() if p.requires_grad}
     gradients = sum(local[name] for name in trained)
     averages = sum(trained.values()) * DTYPES[average].itemsize if ema else 0
     kept = sum(_moments(p, shard, moments) for p in model.parameters() if p.requires_grad)
@@ -58,15 +59,9 @@ def state_bytes(
 
 
 def _moments(parameter: nn.Parameter, shard: int, moments: Moments) -> int:
-    row = math.prod(parameter.shape[1:])
-    return moments_bytes(_rows(parameter, shard) // row, row, has_codes(parameter, moments))
-
-
-def _rows(parameter: nn.Parameter, shard: int) -> int:
-    """Elements of a parameter on the first rank of its shard group."""
-    if parameter.ndim == 0:
-        return 1
-    return math.ceil(parameter.shape[0] / shard) * math.prod(parameter.shape[1:])
+    numel, row = shard_numel(parameter, shard), math.prod(parameter.shape[1:])
+    coded = has_codes(parameter, moments)
+    return moments_bytes(numel // row, row, coded) if coded else moments_bytes(1, numel, coded)
 
 
 def dry_run(config: RunConfig, world: int) -> list[tuple[str, str]]:

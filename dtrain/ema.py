@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dtrain.kernels.rounding import mix, stochastic_bf16, words
-from dtrain.local import first_row, local_part
+from dtrain.kernels.rounding import Runs, mix, stochastic_bf16
+from dtrain.local import local_part, runs
 from dtrain.precision import DTYPES, Precision
 
 _PURPOSE = 0x0E3A  # tells this noise from that of the optimizer's pass
@@ -78,20 +78,19 @@ class Average(NamedTuple):
             if average.dtype == torch.float32:
                 plain.append(pair)
             else:
-                row = parameter.shape[1:].numel()
-                _average_by_chance(*pair, self.weight, mix(self.seed, number), first_row(parameter) * row)
+                _average_by_chance(*pair, self.weight, mix(self.seed, number), runs(parameter))
         if plain:
             torch._foreach_lerp_([e for e, _ in plain], [p.float() for _, p in plain], self.weight)
 
 
-def _average_by_chance(average: Tensor, parameter: Tensor, weight: float, seed: int, place: int) -> None:
-    """In place, on a rank's rows; `place` is of their first element in the whole parameter."""
+def _average_by_chance(average: Tensor, parameter: Tensor, weight: float, seed: int, places: Runs) -> None:
+    """In place, on a rank's part of a parameter; `places` are those of its elements in the whole."""
     flat, current = average.view(-1), parameter.reshape(-1)
     for start in range(0, len(flat), _PIECE):
         piece = flat[start : start + _PIECE]
         exact = piece.float()
         exact = exact + (current[start : start + _PIECE].float() - exact) * weight
-        piece.copy_(stochastic_bf16(exact, words(seed, place + start, len(piece), piece.device)))
+        piece.copy_(stochastic_bf16(exact, places.words(seed, start, len(piece), piece.device)))
 
 
 class EMA:

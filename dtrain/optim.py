@@ -135,8 +135,8 @@ def _say_what_stays_fp32(model: nn.Module) -> None:
     if small:
         elements = sum(trained[name].numel() for name in small)
         log.info(
-            'optim.moments = "8bit": %d of %d parameters, %s elements in all, are too small for it and keep '
-            "moments in fp32: %s",
+            'optim.moments = "8bit": %d of %d parameters, %s elements in all, are too small for it or have '
+            "one row, and keep moments in fp32: %s",
             len(small), len(trained), f"{elements:,}", ", ".join(small),
         )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 Shards keep the dtype of the parameters (`optim.weights`); parameters are gathered, and compute runs, in
 `param_dtype`; gradients are reduced in `reduce_dtype` and kept in that of the parameters
-(https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
+(https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Along which dim: `dtrain.placement`.
 
 With `cpu_offload` shards, gradients, moments and averages are on the host: FSDP2 copies shards to the device
 before it gathers them, and gradients back in the backward; the optimizer runs on the CPU.
@@ -27,6 +27,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
+
+from dtrain.placement import placement, shard_numel
 
 log = logging.getLogger(__name__)
 
@@ -105,19 +107,23 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, confi
         mesh: one axis to shard over, or (replicate, shard).
         config: precision, resharding, and where shards are.
     """
-    dtype = compute_dtype(config, mesh.device_type)
+    dtype, ranks = compute_dtype(config, mesh.device_type), mesh.size(mesh.ndim - 1)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=getattr(torch, config.reduce_dtype))
-    common: dict[str, Any] = {"mesh": mesh, "offload_policy": _offload_policy(config, mesh)}
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "offload_policy": _offload_policy(config, mesh),
+        "shard_placement_fn": lambda parameter: placement(parameter, ranks),
+    }
     for unit in [*_extra_units(model, config.extra_units), *blocks]:
         fully_shard(unit, mp_policy=mixed, reshard_after_forward=config.reshard_after_forward, **common)
-    for line in padded_parameters(model, mesh.size(mesh.ndim - 1), dtype):
+    for line in padded_parameters(model, ranks, dtype):
         log.warning("shard: %s", line)
     root = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=mixed.reduce_dtype, cast_forward_inputs=False)
     fully_shard(model, mp_policy=root, **common)
     if dtype != torch.float32:
         _cast_root_inputs(model, dtype)
     _guard_first_forward(model, blocks)
-    if mesh.size() > 1 and mesh.size(mesh.ndim - 1) == 1:
+    if mesh.size() > 1 and ranks == 1:
         log.warning("mesh.shard is 1: parameters and optimizer state are replicated, not sharded.")
 
 
@@ -129,22 +135,19 @@ def _offload_policy(config: ShardConfig, mesh: DeviceMesh) -> OffloadPolicy:
 
 
 def padded_parameters(model: nn.Module, ranks: int, dtype: torch.dtype) -> list[str]:
-    """What FSDP2 gathers several times over, in words, a line for each such parameter.
+    """What FSDP2 pads, in words, a line for each such parameter.
 
-    Rows, indices of dim 0, are padded to a multiple of the ranks: a table of positions (1, N, D) is gathered
-    as `ranks` tables. Below 64 MiB it is not worth a word.
+    It pads the dim that it cuts to a multiple of the ranks. Below 64 MiB it is not worth a word.
     """
     found = []
     for name, parameter in model.named_parameters():
-        if not parameter.dim() or parameter.shape[0] >= ranks or not parameter.numel():
-            continue
-        rows, whole = parameter.shape[0], parameter.numel() * dtype.itemsize
-        gathered = whole // rows * ranks
+        whole = parameter.numel() * dtype.itemsize
+        gathered = shard_numel(parameter, ranks) * ranks * dtype.itemsize
         if gathered - whole >= 2**26:
             found.append(
-                f"{name} {tuple(parameter.shape)}, {rows} row(s) for {ranks} ranks: FSDP2 pads and gathers "
-                f"{gathered / 2**30:.2f} GiB for {whole / 2**30:.2f}. Share it among fewer ranks "
-                '(mesh.replicate), or do without (U-ViT: model.positions = "rope").'
+                f"{name} {tuple(parameter.shape)}, {parameter.shape[0]} row(s) for {ranks} ranks: FSDP2 pads "
+                f"and gathers {gathered / 2**30:.2f} GiB for {whole / 2**30:.2f}. Share it among fewer ranks "
+                "(mesh.replicate), a number that divides one of its dims if it has one row."
             )
     return found
 

@@ -59,7 +59,9 @@ class Residual:
             zeros.view(-1).view(torch.uint8).copy_(saved)
         elif self._tensor is not None or saved is not None:
             self.restarts += 1
-            if self.restarts == 1:
+            if self._of == of:
+                log.warning("comm: %s was cut otherwise: its error feedback begins anew.", self.name)
+            elif self.restarts == 1:
                 log.warning(
                     "comm: other parameters of %s have gradients than before (%d, then %d): its error "
                     "feedback begins anew, now and each time that this happens.",

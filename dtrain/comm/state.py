@@ -82,6 +82,11 @@ class CommState:
             _REFERENCE + unit.name for unit, gather in self._gathers if not gather.reference.by_number
         ]
         there = {name: saved[name].size for name in by_rank if name in saved}
+        for unit, gather in self._gathers:
+            name, size = _REFERENCE + unit.name, gather.reference.packed_bytes
+            if name in there and there[name][1] != size:
+                log.warning("comm: %s was cut otherwise: its reference begins anew.", unit.name)
+                del there[name]
         for name, (ranks, size) in there.items():
             if ranks == self.mesh.size():
                 mine = torch.zeros(size, dtype=torch.uint8, device=self.mesh.device_type)

@@ -96,7 +96,9 @@ def gradients(preset: str, **options: Any) -> Result:
         "names": sorted(mine),
         "compressed": _distance(mine, reference, lambda name: "blocks" in name and name != exact),
         "exact": _distance(mine, reference, lambda name: name == exact),
+        "table": _distance(mine, reference, lambda name: name == "table"),
         "norm": float(gradient_norm(run.model.parameters())),
+        "norm_of_whole": float(torch.stack([g.norm() for g in mine.values()]).norm()),
     }
 
 

@@ -1,4 +1,7 @@
-"""A small model with all that makes collectives hard: odd sizes, tiny, frozen, unused and tied parameters."""
+"""A small model with all that makes collectives hard: odd sizes, tiny, frozen, unused and tied parameters.
+
+And a table of one row, which 2 ranks cut along dim 1 and 4 along dim 2.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -9,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-WIDTH, HIDDEN, BATCH = 50, 203, 4
+from dtrain.placement import placement
+
+WIDTH, HIDDEN, TABLE, BATCH = 50, 203, 328, 4
 
 
 def digest(tensor: Tensor) -> str:
@@ -53,6 +58,7 @@ class Odd(nn.Module):
         super().__init__()
         self.embed, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.head.weight = self.embed.weight
+        self.table = nn.Parameter((torch.rand(1, WIDTH, TABLE) - 0.5) / 10)
         self.blocks = nn.ModuleList(Block() for _ in range(depth))
         self.weights: dict[str, Tensor] = {}
 
@@ -61,6 +67,7 @@ class Odd(nn.Module):
             name: p.detach().clone() for name, p in self.named_parameters() if "block" not in name
         }
         x = self.embed(x)
+        x = x + 4 * (x @ self.table[0] @ self.table[0].t())  # gradients like those of others
         for block in self.blocks:
             x = block(x)
         return self.head(x)
@@ -85,11 +92,21 @@ def sharded(
     else:
         sizes = (replicate, world // replicate)
         mesh = init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
-    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    return apply(model, mesh, dtype, reshard), mesh
+
+
+def apply(model: Odd, mesh: DeviceMesh, dtype: torch.dtype, reshard: Any = True) -> Odd:
+    """FSDP2 on the blocks and the root."""
+    ranks = mesh.size(mesh.ndim - 1)
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "shard_placement_fn": lambda parameter: placement(parameter, ranks),
+    }
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=mixed, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=mixed)
-    return model, mesh
+        fully_shard(block, reshard_after_forward=reshard, **common)
+    fully_shard(model, **common)
+    return model
 
 
 def inputs(rank: int, world: int, step: int = 0) -> Tensor:

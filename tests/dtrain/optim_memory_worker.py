@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dtrain.adamw import AdamW
@@ -28,6 +28,7 @@ from dtrain.ema import EMA, EMAConfig
 from dtrain.init import fill_parameters
 from dtrain.local import local_part
 from dtrain.mesh import MeshConfig, build_mesh
+from dtrain.placement import placement
 from dtrain.precision import convert_weights
 from tests.dtrain import odd_model
 from tests.dtrain.adamw_worker import drawn, gathered
@@ -50,14 +51,15 @@ def normal(_name: str, full: Tensor, generator: torch.Generator) -> None:
 
 
 class Run:
-    """A model whose rows are uneven over 2 and 4 ranks, and so few that some ranks have none."""
+    """Rows that are uneven over 2 and 4 ranks, so few that some ranks have none, and one in a table."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         with torch.device("meta"):
             model = nn.Sequential(nn.Linear(256, 50), nn.Linear(1030, 5), nn.Linear(16, 3))
+            model.table = nn.Parameter(torch.empty(1, 130, 128))  # along dim 1 on 2 ranks, 2 on 4
         model[2].bias.requires_grad_(False)
         convert_weights(model, "bf16")
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: placement(p, mesh.size()))
         self.model = model.to_empty(device="cpu")
         fill_parameters(model, normal, seed=1)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -124,10 +126,7 @@ def _train(replicate: int, preset: str, dtype: torch.dtype, steps: int = 4) -> t
     model = odd_model.build()
     convert_weights(model, "bf16")
     mesh = build_mesh(MeshConfig(replicate=replicate), dist.get_world_size(), "cpu")
-    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=mixed)
-    fully_shard(model, mesh=mesh, mp_policy=mixed)
+    odd_model.apply(model, mesh, dtype)
     attach(model, mesh, CommConfig(preset=preset, exact_below=0))  # type: ignore[arg-type]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(trained, lr=1e-3, weight_decay=0.1, moments="8bit", seed=5)

@@ -34,12 +34,14 @@ def tiny_dit() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def uvit() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Its table of positions, (1, 129, 128), is large enough to be cut along another dim, the last."""
     import uvit
 
     model = uvit.build(
-        "video_s2", input_size=(2, 4, 4), in_channels=3, width=24, depth=4, heads=2, condition="none"
-    )
-    return model, {"x": torch.randn(BATCH, 3, 2, 4, 4), "timesteps": torch.rand(BATCH) * 1000}
+        "video_s2", input_size=(2, 16, 16), in_channels=3, width=128, depth=2, heads=2, condition="none",
+        positions="learned",
+    )  # fmt: skip
+    return model, {"x": torch.randn(BATCH, 3, 2, 16, 16), "timesteps": torch.rand(BATCH) * 1000}
 
 
 def uvit_windows() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -150,6 +152,7 @@ def compare(name: str, policy: str, replicate: int) -> dict[str, object]:
         "gradients": _gradient_distances(sharded, model),
         "sharded_parameters": sum(p.to_local().numel() for p in sharded.parameters()),  # type: ignore[attr-defined]
         "parameters": sum(p.numel() for p in model.parameters()),
+        "cut": {name: str(p.placements[-1]) for name, p in sharded.named_parameters()},  # type: ignore[attr-defined]
     }
 
 

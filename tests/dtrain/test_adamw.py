@@ -16,6 +16,7 @@ from dtrain.adamw import AdamW, Moments, has_codes
 from dtrain.checkpoint import TrainingState
 from dtrain.dryrun import state_bytes
 from dtrain.ema import EMA, EMAConfig
+from dtrain.kernels.adamw_reference import decode_first, decode_second
 from dtrain.optim import OptimConfig, build_optimizer
 from tests.launch import ROOT, run_python, torchrun
 
@@ -108,6 +109,7 @@ def test_a_closure_gives_the_loss() -> None:
         ((64, 127), "8bit", False),
         ((5000,), "8bit", False),
         ((2, 3, 7, 128), "8bit", True),
+        ((1, 32, 128), "8bit", False),
         ((), "8bit", False),
     ],
 )
@@ -127,8 +129,8 @@ def test_what_stays_fp32_is_said_by_count_and_name(caplog: pytest.LogCaptureFixt
         assert not caplog.messages
         build_optimizer(network(), OptimConfig(moments="8bit"))
     assert caplog.messages == [
-        'optim.moments = "8bit": 5 of 6 parameters, 2,368 elements in all, are too small for it and keep '
-        "moments in fp32: 0.weight, 0.bias, 2.bias, 3.weight, 3.bias"
+        'optim.moments = "8bit": 5 of 6 parameters, 2,368 elements in all, are too small for it or '
+        "have one row, and keep moments in fp32: 0.weight, 0.bias, 2.bias, 3.weight, 3.bias"
     ]
 
 
@@ -212,12 +214,51 @@ def test_a_checkpoint_with_other_moments_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("single_process_group")
-def test_parameters_sharded_along_other_dims_are_refused() -> None:
+def test_codes_of_parameters_sharded_along_other_dims_are_refused() -> None:
     mesh = init_device_mesh("cpu", (1,))
-    parameter = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]))
+    parameter = nn.Parameter(distribute_tensor(torch.ones(64, 128), mesh, [Shard(1)]))
     parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(ValueError, match=r"placed as .*must be Shard\(dim=0\) or Replicate"):
+    AdamW([parameter]).step()
+    with pytest.raises(ValueError, match=r"\(64, 128\) is sharded along dim 1: moments .* need dim 0"):
+        AdamW([parameter], moments="8bit").step()
+    mesh = init_device_mesh("cpu", (1, 1))
+    parameter = nn.Parameter(distribute_tensor(torch.ones(64, 128), mesh, [Shard(0), Shard(1)]))
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"placed as .*must be Shard along one dim, or Replicate\(\)"):
         AdamW([parameter]).step()
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_codes_of_one_row_in_an_old_checkpoint_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.checkpoint import save
+
+    def begun(steps: int) -> tuple[AdamW, TrainingState]:
+        torch.manual_seed(steps)
+        model = nn.Sequential(nn.Linear(128, 64, bias=False))
+        model.table = nn.Parameter(torch.randn(1, 41, 130))  # no whole number of blocks
+        optimizer = AdamW(model.parameters(), moments="8bit")
+        for step in range(steps):
+            set_gradients(model, step)
+            optimizer.step()
+        return optimizer, TrainingState(model, optimizer, None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dtrain.adamw.has_codes", lambda parameter, _: parameter.numel() >= 4096)
+        optimizer, old = begun(2)
+    save(old.tensors(), checkpoint_id=tmp_path)
+    resumed, new = begun(3)
+    new.load(tmp_path)
+    (coded, weight), (table, other) = (list(o.state.values()) for o in (optimizer, resumed))
+    assert table.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert table["step"] == 2
+    for name, decode in (("exp_avg", decode_first), ("exp_avg_sq", decode_second)):
+        blocks = nn.functional.pad(coded[f"{name}_codes"].view(1, -1), (0, 46)).view(1, 42, 128)
+        whole = decode(blocks, coded[f"{name}_scale"]).view(-1)
+        assert table[name].count_nonzero() > 5000
+        assert table[name].equal(whole[:5330].view(1, 41, 130))
+    assert weight["exp_avg_codes"].equal(other["exp_avg_codes"])
 
 
 def test_the_plan_counts_the_bytes_of_the_state() -> None:

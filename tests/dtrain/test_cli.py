@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
@@ -17,6 +18,7 @@ from typer.testing import CliRunner, Result
 from dtrain.__main__ import app
 from dtrain.config import load
 from dtrain.dryrun import dry_run, state_bytes
+from dtrain.placement import placement
 from tests.dtrain.tiny_dit import TinyDiT
 from tests.launch import run_python, torchrun
 
@@ -115,8 +117,10 @@ def test_dry_run_counts_the_whole_step(run_toml: Path) -> None:
 def test_planned_bytes_are_those_of_the_real_shards(fake_world: int, width: int) -> None:
     model = TinyDiT(6, width, 2, 2, 0.0)
     model.time.weight.requires_grad_(False)
+    model.table = nn.Parameter(torch.empty(1, 130, 3 * 128))
     planned = state_bytes(model, fake_world, ema=True)
-    fully_shard(model, mesh=init_device_mesh("cpu", (fake_world,)))
+    mesh = init_device_mesh("cpu", (fake_world,))
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: placement(p, fake_world))
     local = {p: _local_bytes(p) for p in model.parameters()}
     trained = sum(size for p, size in local.items() if p.requires_grad)
     assert planned.parameters == sum(local.values())

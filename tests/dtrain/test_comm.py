@@ -16,6 +16,7 @@ pytestmark = pytest.mark.distributed
 PRESETS = ["bf16", "int8", "int8-int4", "int4-delta"]
 # One level, two levels, copies on two nodes, gathered again within a node.
 SHAPES = ["", ":ranks_per_node=2", ":replicate=2:ranks_per_node=2", ":reshard=2"]
+PLAIN = ["gradients:none", "gradients:none:replicate=2"]
 GRADIENTS = [f"gradients:{preset}{shape}" for preset in PRESETS for shape in SHAPES]
 WEIGHTS = [f"weights:{preset}{shape}" for preset in PRESETS[1:] for shape in SHAPES[:3]]
 WEIGHTS += ["weights:int4-delta:reference=int8"]
@@ -49,7 +50,7 @@ def four(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each of four ranks measured, by scenario."""
     scenarios = [*GRADIENTS, *WEIGHTS, "not_finite:bf16", *NAN, *BYTES, *TINY, *FEEDBACK, *OTHERS, *CHOICES]
     resumed = [resume(preset, first) for preset in RESUMED for first in (1, 0)]
-    return run(4, folder / "four.json", folder, *scenarios, *resumed)
+    return run(4, folder / "four.json", folder, *PLAIN, *scenarios, *resumed)
 
 
 @pytest.mark.parametrize("scenario", GRADIENTS)
@@ -60,7 +61,16 @@ def test_gradients_are_those_of_the_whole_batch(four: dict, scenario: str) -> No
         assert not any("frozen" in name or "unused" in name for name in rank["names"])
         assert rank["exact"] < 1e-6
         assert limit / 40 < rank["compressed"] < limit
+        assert limit / 40 < rank["table"] < limit
+        assert rank["norm"] == pytest.approx(rank["norm_of_whole"], rel=1e-6)
     assert len({rank["norm"] for rank in four[scenario]}) == 1
+
+
+@pytest.mark.parametrize("scenario", PLAIN)
+def test_gradients_of_a_table_cut_along_another_dim(four: dict, scenario: str) -> None:
+    for rank in four[scenario]:
+        assert max(rank[kind] for kind in ("table", "exact", "compressed")) < 1e-6
+        assert rank["norm"] == pytest.approx(rank["norm_of_whole"], rel=1e-6)
 
 
 @pytest.mark.parametrize("scenario", WEIGHTS)

@@ -266,6 +266,7 @@ def test_a_run_begins_with_the_weights_of_fp32_rounded_to_nearest(runs: Runs) ->
     from tests.dtrain.optim_memory_worker import normal
 
     exact = nn.Sequential(nn.Linear(256, 50), nn.Linear(1030, 5), nn.Linear(16, 3))
+    exact.table = nn.Parameter(torch.empty(1, 130, 128))
     fill_parameters(exact, normal, seed=1)
     for name, p in exact.named_parameters():
         assert runs[4]["start"][f"model.{name}"].equal(p.bfloat16())

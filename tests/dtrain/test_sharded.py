@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from dtrain.activations.policy import ActivationConfig
 from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.parallelize import CompileConfig, ParallelConfig, parallelize
+from dtrain.placement import placement, shard_numel
 from dtrain.shard import ShardConfig
 from tests.dtrain import sharded_worker
 from tests.launch import torchrun
@@ -56,6 +58,35 @@ def test_replicate_times_shard(four_ranks: dict, name: str, policy: str) -> None
     result = four_ranks[f"{name}-{policy}-2"]
     assert_equal(result)
     assert result["sharded_parameters"] <= 0.52 * result["parameters"]
+
+
+@pytest.mark.distributed
+def test_a_table_of_one_row_is_cut_along_another_dim(two_ranks: dict, four_ranks: dict) -> None:
+    for results, replicate, cut in ((two_ranks, 1, "S(2)"), (two_ranks, 2, "S(0)"), (four_ranks, 2, "S(2)")):
+        cuts = results[f"uvit-none-{replicate}"]["cut"]
+        assert cuts.pop("pos_embed") == cut
+        assert set(cuts.values()) == {"S(0)"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "dim"),
+    [
+        ((1, 130, 128), 1, 0),
+        ((1, 130, 128), 2, 1),
+        ((1, 130, 128), 4, 2),
+        ((1, 130, 128), 3, 0),  # divides neither
+        ((1, 127, 128), 2, 0),  # small
+        ((2, 130, 128), 4, 0),
+        ((1, 2**14), 8, 1),
+        ((2**14,), 8, 0),
+        ((), 8, 0),
+    ],
+)
+def test_where_a_parameter_is_cut(shape: tuple[int, ...], ranks: int, dim: int) -> None:
+    parameter = torch.empty(shape, device="meta")
+    assert placement(parameter, ranks) == Shard(dim)
+    parts = torch.empty(shape or (1,)).chunk(ranks, dim)
+    assert shard_numel(parameter, ranks) == parts[0].numel()
 
 
 @pytest.mark.distributed
