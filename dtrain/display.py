@@ -103,6 +103,9 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, Any]]:
         ("MFU", "{:.1%}", summary["mfu"]),
         ("final loss", "{:.4f}", summary["final_loss"]),
         ("peak memory of rank 0", "{:.2f} GiB", summary["peak_memory_gib"]),
+        ("planned peak of rank 0", "{:.3f} GiB", summary["memory"].get("planned_gib")),
+        ("peak memory of any rank", "{:.2f} GiB", summary["memory"].get("allocated_gib")),
+        ("  reserved", "{:.2f} GiB", summary["memory"].get("reserved_gib")),
         ("energy per sample", "{:.2f} J", summary["energy_per_sample_joules"]),
         ("skipped inputs", "{}", len(summary["skipped"])),
     ]

@@ -53,6 +53,14 @@ class MetricsConfig:
         },
     )
 
+    predict_memory: Literal["auto", "always", "never"] = field(
+        default="auto",
+        metadata={
+            "help": "Plan rank 0's peak in a process beside the run, and say it beside what was taken. "
+            "auto: on GPUs; on a CPU the planner would take cores from the ranks."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.log_every < 1:
             raise ValueError(f"metrics.log_every = {self.log_every}: must be 1 step or more.")
@@ -107,6 +115,9 @@ class NullLog:
 
     def skipped(self, files: Iterable[tuple[str, str]]) -> None:
         """Add (source, reason) of inputs that were passed over; repeated sources count once."""
+
+    def memory(self, values: dict[str, Any]) -> None:
+        """Put what was planned and taken, see `dtrain.memory`, into the summary."""
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -164,6 +175,7 @@ class RunLog(NullLog):
         self._records: list[Record] = []
         self._skipped: dict[str, str] = {}
         self._samples = 0
+        self._memory: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -230,6 +242,9 @@ class RunLog(NullLog):
         for source, reason in files:
             self._skipped.setdefault(source, reason)
 
+    def memory(self, values: dict[str, Any]) -> None:
+        self._memory = values
+
     @contextmanager
     def untimed(self) -> Iterator[None]:
         start = self._clock()
@@ -255,6 +270,7 @@ class RunLog(NullLog):
             "mfu": _median(steady, "mfu"),
             "final_loss": last.get("loss"),
             "peak_memory_gib": max((r["memory_gib"] for r in self._records), default=None),
+            "memory": self._memory,
             "energy_per_sample_joules": energy / self._samples if energy and self._samples else None,
             "skipped": [{"source": source, "reason": reason} for source, reason in self._skipped.items()],
         }

@@ -27,6 +27,7 @@ from dtrain.config import RunConfig, build_recipe, check_world, to_toml
 from dtrain.dist import World, environment_world_size, process_group
 from dtrain.ema import EMA
 from dtrain.flops import training_flops
+from dtrain.memory import MemoryReport
 from dtrain.mesh import build_mesh, mean_over
 from dtrain.metrics import NullLog, RunLog
 from dtrain.optim import build_optimizer, set_learning_rate
@@ -100,15 +101,18 @@ class Trainer:
         total = self.config.train.steps
         if self.world.is_main:
             self._write_config()
-        with self._open_log() as log:
+        preset = self.comm.preset if self.comm else "none"
+        with self._open_log() as log, MemoryReport(self.config, self.world, preset) as memory:
             self._say_start(log)
             batches = iter(self._data())
             for step in range(self.progress.step, total):
                 self._step(step, self._next(batches), log)
                 with log.untimed():
+                    memory.poll(log)
                     self._after_step(step + 1, log)
             self.checkpointer.wait()
             self._gather_skipped(log)
+            memory.finish(log)
         if self.world.is_main:
             loss_curve(self.config.run_dir / "metrics.jsonl", self.config.run_dir / "loss.png")
         dist.barrier()

@@ -2,7 +2,7 @@
 
 __all__ = [
     "PARAMETERS", "GRADIENTS", "OPTIMIZER", "AVERAGES", "STATE",
-    "BATCH", "GATHERED", "WIRE", "BACKWARD", "OTHER", "HOST", "activations", "is_activation",
+    "BATCH", "GATHERED", "WIRE", "BACKWARD", "WORKSPACE", "OTHER", "HOST", "activations", "is_activation",
 ]  # fmt: skip
 
 PARAMETERS = "parameters"
@@ -14,6 +14,7 @@ BATCH = "batch"
 GATHERED = "gathered parameters"
 WIRE = "communication buffers"
 BACKWARD = "backward and recomputation"
+WORKSPACE = "inside of kernels"
 OTHER = "other"
 HOST = "host memory"
 

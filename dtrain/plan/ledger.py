@@ -1,7 +1,8 @@
 """Live tensor bytes, by who owns them, while a program runs: on real tensors, or on fake ones.
 
 Every storage that an operator returns counts from then until it is freed, once, however many tensors view it.
-Operators of this package are looked into; what others allocate inside and free before they return is unseen.
+Operators of this package are looked into. What others allocate inside and free before they return is unseen,
+except for what `dtrain.plan.workspace` knows of a GPU's.
 """
 
 import weakref
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from dtrain.kernels.launch import arch_of
 from dtrain.kernels.op import kernel_of
-from dtrain.plan.accounts import OTHER
+from dtrain.plan.accounts import OTHER, WORKSPACE
 from dtrain.plan.wire import Sent, sent_by
 from dtrain.plan.work import Work, work_of
+from dtrain.plan.workspace import cublas_bytes, workspace_bytes
 
 __all__ = ["Event", "Ledger", "Mark", "storages_of"]
 
@@ -65,7 +68,7 @@ class Ledger(TorchDispatchMode):
     """Notes who holds how many bytes, and when.
 
     Args:
-        device_type: "cpu" or "cuda": whose kernels run.
+        device_type: "cpu" or "cuda": whose kernels run; "cuda" inside of `kernels.launch.planned_for`.
 
     Attributes:
         accounts: names of what `Event.account` numbers.
@@ -90,6 +93,10 @@ class Ledger(TorchDispatchMode):
         self._numbers: dict[str, int] = {}
         self._held: dict[int, _Held] = {}
         self._scope = self._number(OTHER)
+        # Tensors of a CPU stand for those of the GPU that is planned for.
+        self._arch = arch_of(torch.device("cpu")) if device_type == "cuda" else ""
+        if self._arch:
+            self._note(cublas_bytes(self._arch), self._number(WORKSPACE))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -110,6 +117,9 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
+        if self._arch and (inside := workspace_bytes(func, args, kwargs or {}, self._arch)):
+            self._note(inside, self._number(WORKSPACE))
+            self._note(-inside, self._number(WORKSPACE))
         return out
 
     @contextmanager

@@ -14,6 +14,7 @@ from dtrain.plan.accounts import (
     OTHER,
     PARAMETERS,
     WIRE,
+    WORKSPACE,
     is_activation,
 )  # fmt: skip
 from dtrain.plan.simulate import Simulation
@@ -21,7 +22,10 @@ from dtrain.plan.simulate import Simulation
 __all__ = ["KINDS", "Peak", "find_peak", "kind_of"]
 
 ACTIVATIONS = "activations"
-KINDS = (PARAMETERS, GRADIENTS, OPTIMIZER, AVERAGES, ACTIVATIONS, BACKWARD, GATHERED, WIRE, BATCH, OTHER)
+KINDS = (
+    PARAMETERS, GRADIENTS, OPTIMIZER, AVERAGES,
+    ACTIVATIONS, BACKWARD, GATHERED, WIRE, BATCH, WORKSPACE, OTHER,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

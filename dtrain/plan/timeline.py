@@ -13,7 +13,7 @@ __all__ = ["draw_timeline"]
 _POINTS = 2000
 _COLOURS = (
     "#4c566a", "#5e81ac", "#81a1c1", "#88c0d0", "#a3be8c",
-    "#ebcb8b", "#d08770", "#bf616a", "#b48ead", "#cccccc",
+    "#ebcb8b", "#d08770", "#bf616a", "#b48ead", "#a9705a", "#cccccc",
 )  # fmt: skip
 
 

@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from dtrain.checkpoint import read_progress, step_folders
+from dtrain.config import load
 from dtrain.export import export
 from dtrain.metrics import read_records
+from dtrain.plan.peak import find_peak
+from dtrain.plan.simulate import simulate
 from tests.checkpoints import all_tensors
 from tests.launch import run_python, torchrun
 
@@ -56,7 +59,7 @@ def train(folder: Path, name: str, ranks: int, *sets: str, check: bool = True) -
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> Path:
-    train(folder, "undisturbed", 2)
+    train(folder, "undisturbed", 2, "metrics.predict_memory=always")
     return folder / "undisturbed"
 
 
@@ -112,6 +115,11 @@ def test_what_a_run_leaves_behind(undisturbed: Path) -> None:
     assert [r["step"] for r in read_records(undisturbed / "metrics.jsonl")] == [1, 5, 10, 15, 20]
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert (summary["steps"], summary["samples"]) == (20, 80)
+    planned = find_peak(simulate(load(undisturbed / "config.toml"), 2)).nbytes
+    assert summary["memory"] == {"planned_gib": planned / 2**30}  # a CPU measures nothing
+    notes = [json.loads(line).get("note", "") for line in (undisturbed / "metrics.jsonl").open()]
+    assert sum(f"planned peak: {planned / 2**30:.3f} GiB (backward of" in note for note in notes) == 1
+    assert notes[-1].startswith("memory, peak of the run: not measured on the CPU; planned")
     assert (undisturbed / "loss.png").stat().st_size > 5000
     assert 'recipe = "tests.dtrain.tiny_dit:recipe"' in (undisturbed / "config.toml").read_text()
 
