@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -104,10 +104,12 @@ def simulate(config: RunConfig, world: int, arch: str = "") -> Simulation:
         mesh = build_mesh(config.mesh, world, "cpu")  # reads tensors of its own
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*data pointer of FakeTensor.*")
-        stack.enter_context(mode)
         if arch:
             stack.enter_context(planned_for(arch))
-        return _Step(config, recipe, mesh, Ledger("cuda" if arch else "cpu")).run(batches)
+        # On meta, before there are fake tensors: FSDP2 cuts each parameter into a tensor for every rank.
+        model = build_sharded(recipe, config, mesh)
+        stack.enter_context(mode)
+        return _Step(config, recipe, mesh, model, Ledger("cuda" if arch else "cpu")).run(batches)
 
 
 @contextmanager
@@ -153,9 +155,10 @@ def _totals(events: Iterable[Event], accounts: int) -> list[int]:
 class _Step:
     """The state of the run, and the step."""
 
-    def __init__(self, config: RunConfig, recipe: Recipe, mesh: DeviceMesh, ledger: Ledger) -> None:
-        self.config, self.recipe, self.ledger = config, recipe, ledger
-        self.model = build_sharded(recipe, config, mesh)
+    def __init__(
+        self, config: RunConfig, recipe: Recipe, mesh: DeviceMesh, model: nn.Module, ledger: Ledger
+    ) -> None:
+        self.config, self.recipe, self.model, self.ledger = config, recipe, model, ledger
         blocks = find_blocks(self.model, recipe.blocks(self.model) if recipe.blocks else None)
         names = {module: name for name, module in self.model.named_modules()}
         self.blocks = {names[block]: block for block in blocks}
