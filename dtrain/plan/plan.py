@@ -13,7 +13,7 @@ from dtrain.plan.estimate import Estimate, Rates, estimate
 from dtrain.plan.peak import Peak, find_peak
 from dtrain.plan.simulate import Simulation, simulate
 
-__all__ = ["CONTEXT", "FRAGMENTS", "Plan", "make_plan"]
+__all__ = ["CONTEXT", "FRAGMENTS", "Plan", "make_plan", "room"]
 
 CONTEXT = 2**30
 FRAGMENTS = 0.04
@@ -34,7 +34,7 @@ class Plan:
     @property
     def room(self) -> int:
         """Bytes that the peak may have."""
-        return int((self.gpu.memory_bytes - CONTEXT) * (1 - FRAGMENTS))
+        return room(self.gpu)
 
     @property
     def fits(self) -> bool:
@@ -63,6 +63,11 @@ class Plan:
         if config.optim.moments == "fp32":
             found.append('optim.moments = "fp32": "8bit" takes a quarter')
         return [*found, "--fit looks for the fastest that fits"]
+
+
+def room(gpu: Planned) -> int:
+    """Bytes that tensors may have on a GPU."""
+    return int((gpu.memory_bytes - CONTEXT) * (1 - FRAGMENTS))
 
 
 def make_plan(config: RunConfig, gpus: int, gpu: Planned, rates: Rates | None = None) -> Plan:

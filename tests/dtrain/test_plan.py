@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from dtrain.blocks import find_blocks
 from dtrain.config import build_recipe, load
-from dtrain.plan.accounts import WORKSPACE
+from dtrain.plan.accounts import AVERAGES, WORKSPACE
 from dtrain.plan.devices import device
 from dtrain.plan.estimate import Rates
-from dtrain.plan.fit import find_fit
+from dtrain.plan.fit import Fit, find_fit
 from dtrain.plan.peak import find_peak
 from dtrain.plan.plan import CONTEXT, FRAGMENTS, Plan, make_plan
 from dtrain.plan.simulate import Simulation, simulate
@@ -128,8 +128,9 @@ def test_messages_are_those_of_fsdp2(config: Path) -> None:
     model = build_recipe(run).build()
 
     def shard_bytes(parameters: Iterable[Tensor]) -> int:
-        # The table of positions (1, 258, 192) is cut along dim 1, all others along dim 0.
-        return 4 * sum(max(-(-p.shape[0] // 2), p.shape[0] / 2) * math.prod(p.shape[1:]) for p in parameters)
+        # The table of positions, (1, 258, 192), is cut along dim 1, all others along dim 0.
+        rows = [(0.5 if p.shape == (1, 258, 192) else -(-p.shape[0] // 2), p) for p in parameters]
+        return int(4 * sum(row * math.prod(p.shape[1:]) for row, p in rows))
 
     whole = shard_bytes(model.parameters())
     blocks = sum(shard_bytes(block.parameters()) for block in find_blocks(model))
@@ -164,10 +165,11 @@ def test_what_does_not_fit_is_refused_with_what_to_change(config: Path) -> None:
 
 def test_a_table_that_every_rank_pads_is_named() -> None:
     model = nn.Module()
-    model.positions = nn.Parameter(torch.empty(1, 2**15, 2**10, device="meta"))
+    model.positions = nn.Parameter(torch.empty(1, 2**15 + 1, 2**10 + 1, device="meta"))  # 8 divides neither
+    model.divided = nn.Parameter(torch.empty(1, 2**15, 2**10, device="meta"))
     model.weight = nn.Parameter(torch.empty(8, 2**22, device="meta"))
     (line,) = padded_parameters(model, 8, torch.bfloat16)
-    assert line.startswith("positions (1, 32768, 1024), 1 row(s) for 8 ranks")
+    assert line.startswith("positions (1, 32769, 1025), 1 row(s) for 8 ranks")
     assert "0.50 GiB for 0.06" in line
     assert padded_parameters(model, 1, torch.bfloat16) == []
 
@@ -197,21 +199,41 @@ def test_compute_is_planned_in_the_gpus_dtype(config: Path) -> None:
     assert auto == asked < 0.7 * cpu
 
 
-def test_the_fastest_that_fits_is_found(config: Path) -> None:
-    roomy = replace(device("h100"), memory_bytes=2**40)
-    run = load(config, ["train.global_batch=2"])
-    best, tried = find_fit(run, 2, roomy, Rates())
-    assert best is not None
-    assert best.config.activations.policy == "none"
-    assert len(tried) == 5  # a micro-batch of 1
-    least = 'train.global_batch=2;train.micro_batch=1;activations.policy="full";activations.mlp_chunks=4'
-    need = plan(config, least, 2).peak.nbytes
-    tight = replace(roomy, memory_bytes=CONTEXT + int(need / (1 - FRAGMENTS)) + 2**10)
-    best, _ = find_fit(run, 2, tight, Rates())
-    assert best is not None
-    assert best.peak.nbytes <= need
-    assert best.config.activations.policy != "none"
-    assert find_fit(run, 2, replace(roomy, memory_bytes=CONTEXT + 2**20), Rates())[0] is None
+FIT = "train.global_batch=2;model.depth=2;model.patch_size=[1,2,2]"
+
+
+def fit(config: Path, peak: int) -> Fit:
+    """What is found for 2 GPUs with room for so many bytes."""
+    memory = CONTEXT + int((peak + 1) / (1 - FRAGMENTS))
+    return find_fit(load(config, FIT.split(";")), 2, replace(device("h100"), memory_bytes=memory), Rates())
+
+
+def test_the_first_that_fits_is_found_without_rounding(config: Path) -> None:
+    roomy = fit(config, 2**40)
+    assert roomy.plan is not None
+    assert roomy.plan.config.activations.policy == "none"
+    assert len(roomy.tried) == 1
+    least = f'{FIT};train.micro_batch=1;activations.policy="full";activations.mlp_chunks=4'
+    lean, host = (plan(config, f"{least};activations.stash={stash}", 2).peak for stash in ("device", "host"))
+    middle = fit(config, (lean.nbytes + roomy.plan.peak.nbytes) // 2)
+    assert middle.plan is not None
+    assert middle.plan.fits
+    assert middle.plan.config.activations.policy == "budget"
+    tight = fit(config, lean.nbytes)
+    assert tight.plan is not None
+    assert tight.plan.peak.nbytes == lean.nbytes
+    assert tight.rounds == ()
+    nothing = fit(config, 2**20)
+    assert nothing.plan is None
+    assert all("by arithmetic" in words for _, words in nothing.tried)
+    # Averages as bf16 save 2 bytes a parameter, moments of 8 bits almost 6, both 8: in turn, not before need.
+    numbers = host.accounts[AVERAGES] // 4
+    for saved, rounds in ((1, ("ema.dtype",)), (7, ("ema.dtype", "optim.moments"))):
+        found = fit(config, host.nbytes - saved * numbers)
+        assert found.plan is not None
+        assert found.plan.fits
+        assert found.rounds == rounds
+        assert len([name for name, _ in found.tried if "ema.dtype" in name]) <= 4
 
 
 def test_the_command_line(config: Path, tmp_path: Path) -> None:
