@@ -44,6 +44,8 @@ def test_gradients_in_another_order_are_copied() -> None:
 def test_few_queries_split_their_keys() -> None:
     # 2 heads x 8 blocks of queries on 264 places: both blocks of keys at once are twice as good.
     assert inside("sm_90", 1, 512, 2, 64)[0] == 2 * 2 * 512 * (64 + 1) * 4
+    # 96 blocks, 8 of keys: 2 parts keep 73 % of the places busy, 8 parts 97 %, and 5 to 7 would be 4 again.
+    assert inside("sm_90", 1, 2048, 3, 64)[0] == 8 * 3 * 2048 * (64 + 1) * 4
     assert len(inside("sm_90", 27, 512, 2, 64)) == 1  # 432 blocks: no split
 
 
