@@ -31,6 +31,12 @@ def find_blocks(model: nn.Module, explicit: Sequence[nn.Module] | None = None) -
     return blocks
 
 
+def named_blocks(model: nn.Module, explicit: Sequence[nn.Module] | None = None) -> dict[str, nn.Module]:
+    """The same by their names in the model."""
+    names = {module: name for name, module in model.named_modules()}
+    return {names[block]: block for block in find_blocks(model, explicit)}
+
+
 def _blocks_by_structure(model: nn.Module) -> list[nn.Module]:
     members = [m for m in _outermost_list_members(model) if _is_composite(m)]
     counts = Counter(type(member) for member in members)

@@ -14,7 +14,7 @@ import torch
 from dtrain.flops import peak_flops
 from dtrain.plan.accounts import STATE
 from dtrain.plan.devices import Planned
-from dtrain.plan.simulate import Simulation
+from dtrain.plan.observe import Observed
 from dtrain.plan.wire import Sent
 
 __all__ = ["Estimate", "Rates", "estimate"]
@@ -66,7 +66,7 @@ class Estimate:
         return self.compute_s + self.exposed_s + self.update_s
 
 
-def estimate(simulation: Simulation, gpu: Planned, rates: Rates, repeats: float = 1.0) -> Estimate:
+def estimate(simulation: Observed, gpu: Planned, rates: Rates, repeats: float = 1.0) -> Estimate:
     """Price a step.
 
     Args:

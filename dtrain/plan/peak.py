@@ -17,7 +17,7 @@ from dtrain.plan.accounts import (
     WORKSPACE,
     is_activation,
 )  # fmt: skip
-from dtrain.plan.simulate import Simulation
+from dtrain.plan.observe import Observed
 
 __all__ = ["KINDS", "Peak", "find_peak", "kind_of"]
 
@@ -60,7 +60,7 @@ def kind_of(account: str) -> str:
     return ACTIVATIONS if is_activation(account) else account
 
 
-def find_peak(simulation: Simulation) -> Peak:
+def find_peak(simulation: Observed) -> Peak:
     """The peak of a step."""
     on_host = simulation.accounts.index(HOST) if HOST in simulation.accounts else None
     live = list(_live(simulation, on_host, alone=False))
@@ -75,7 +75,7 @@ def find_peak(simulation: Simulation) -> Peak:
     return Peak(best, accounts, when[-1] if when else "start of the step", at, host)
 
 
-def _live(simulation: Simulation, account: int | None, alone: bool) -> Iterator[int]:
+def _live(simulation: Observed, account: int | None, alone: bool) -> Iterator[int]:
     """Bytes before the first event, and after each: of one account alone, or of all but that."""
     live = sum(n for i, n in enumerate(simulation.start) if (i == account) == alone)
     yield live
