@@ -302,15 +302,22 @@ def choice(preset: str, **options: Any) -> Result:
 def resume(preset: str, *, folder: str = "", first: int = 1, **options: Any) -> Result:
     """Train, save in the middle, train on; or load and train on."""
     run = Run(preset, **options)
-    losses = []
+    losses, references = [], {}
     for step in range(0 if first else 3, 6):
         if step == 3 and first:
             dcp.save(run.state().tensors(), checkpoint_id=folder)
         elif step == 3:
             run.state().load(Path(folder))
+        if step == 3:
+            references = {
+                name: digest(t.full_tensor())
+                for name, t in run.comm.state.tensors().items()
+                if name.startswith("reference.") and isinstance(t, DTensor)
+            }
         losses.append(run.step(step))
     return {
         "losses": losses[-3:],
+        "references": references,
         "weights": {name: digest(w) for name, w in run.weights().items()},
         "state": {
             name: digest(t.to_local() if isinstance(t, DTensor) else t)

@@ -1,9 +1,10 @@
 """Started by torchrun: bf16 weights, moments of eight bits and bf16 averages on any number of ranks.
 
-    optim_memory_worker.py OUT CHECKPOINT save|load|replicas
+    optim_memory_worker.py OUT CHECKPOINTS resharding|compressed|replicas
 
-Rank 0 writes what it has come to. Parameters and the gradients of `save` and `load` are the same for any
-world; `replicas` trains on data of its own on each of two copies.
+Rank 0 writes what it has come to. Parameters and gradients of `resharding`, which is done in any case, are
+the same for any world: four ranks save, two load that and save it, one loads that. `replicas` trains on data
+of its own on each of two copies.
 """
 
 import itertools
@@ -78,18 +79,20 @@ class Run:
             self.optimizer.zero_grad()
 
 
-def resharding(mesh: DeviceMesh, checkpoint: str, saves: bool) -> dict[str, Any]:
+def resharding(mesh: DeviceMesh, checkpoints: Path) -> dict[str, Any]:
     run = Run(mesh)
     found = {"start": gathered(run.state)}
     run.take(range(HALF))
     found["half"] = gathered(run.state)
-    if saves:
-        save(run.state.tensors(), checkpoint_id=checkpoint)
+    if mesh.size() == 4:
+        save(run.state.tensors(), checkpoint_id=checkpoints / "4")
     run.take(range(HALF, STEPS))
     found["end"] = gathered(run.state)
     resumed = Run(mesh)
-    resumed.state.load(Path(checkpoint))
+    resumed.state.load(checkpoints / ("2" if mesh.size() == 1 else "4"))
     found["loaded"] = gathered(resumed.state)
+    if mesh.size() == 2:
+        save(resumed.state.tensors(), checkpoint_id=checkpoints / "2")
     resumed.take(range(HALF, STEPS))
     found["loaded-end"] = gathered(resumed.state)
     return found
@@ -182,11 +185,11 @@ def _from_all(mine: Any) -> list[Any]:
     return everybody
 
 
-def main(out: str, checkpoint: str, mode: str) -> None:
+def main(out: str, checkpoints: str, mode: str) -> None:
     with process_group(60) as world:
         mesh = build_mesh(MeshConfig(), world.size, "cpu")
-        results: dict[str, Any] = resharding(mesh, checkpoint, mode == "save")
-        if mode == "save":
+        results: dict[str, Any] = resharding(mesh, Path(checkpoints))
+        if mode == "compressed":
             results |= {"bytes": bytes_held(mesh), "compressed": compressed()}
         if mode == "replicas":
             results["replicas"] = replicas()

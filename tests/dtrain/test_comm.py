@@ -188,6 +188,9 @@ def test_a_resumed_run_is_the_undisturbed_one(four: dict, preset: str) -> None:
 def test_on_another_number_of_ranks_the_curve_goes_on(four: dict, folder: Path, preset: str) -> None:
     two = run(2, folder / "two.json", folder, resume(preset, 0))[resume(preset, 0)]
     assert two[0]["losses"] == two[1]["losses"]
+    references = four[resume(preset, 1)][0]["references"]
+    assert two[0]["references"] == references
+    assert ("reference.table" in references) == (preset == "int4-delta")
     # The same samples; what rounding took from one step's gradients is lost.
     for ours, theirs in zip(two[0]["losses"], four[resume(preset, 1)][0]["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=0.01)

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 from torch.distributed.fsdp import fully_shard
 
 from dtrain.comm import CommConfig, attach, attached
@@ -122,6 +123,29 @@ def test_a_restored_residual_is_the_saved_one(storage: str) -> None:
     assert again is not None
     assert torch.equal(again.view(torch.uint8), tensor.view(torch.uint8))
     assert other.restarts == 0
+
+
+def test_what_was_cut_otherwise_begins_anew(
+    caplog: pytest.LogCaptureFixture, single_process_group: None
+) -> None:
+    """As on as many ranks before, but with a table that was padded."""
+    residual = Residual("blocks.0", Quantised(Format("int4")), "bf16")
+    residual.restore((0, 1), torch.ones(999, dtype=torch.uint8))
+    tensor = residual.take((0, 1), 2, 100, torch.device("cpu"))
+    assert tensor is not None
+    assert float(tensor.abs().sum()) == 0
+    model, mesh = nn.Sequential(nn.Linear(64, 64)), build_mesh(MeshConfig(), 1, "cpu")
+    fully_shard(model, mesh=mesh)
+    state = attach(model, mesh, CommConfig(preset="int4-delta", reference="int8", exact_below=0)).state
+    ((unit, gather),) = state._gathers
+    fits = TensorStorageMetadata(TensorProperties(), torch.Size((1, gather.reference.packed_bytes)), [])
+    assert list(state.room({f"reference.{unit.name}": fits})) == [f"reference.{unit.name}"]
+    padded = TensorStorageMetadata(TensorProperties(), torch.Size((1, 2 * fits.size[1])), [])
+    assert state.room({f"reference.{unit.name}": padded}) == {}
+    assert caplog.messages == [
+        "comm: blocks.0 was cut otherwise: its error feedback begins anew.",
+        "comm: (root) was cut otherwise: its reference begins anew.",
+    ]
 
 
 @pytest.mark.parametrize("keep", ["bf16", "int8"])

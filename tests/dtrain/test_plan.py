@@ -122,18 +122,19 @@ def test_flops_are_those_of_the_formula(config: Path) -> None:
     assert selective - none == forward - ends - attention
 
 
-def test_messages_are_those_of_fsdp2(config: Path) -> None:
-    sent = simulated(config, "train.global_batch=8", 2).sent
+@pytest.mark.parametrize("world", [2, 8])
+def test_messages_are_those_of_fsdp2(config: Path, world: int) -> None:
+    """The table of positions (1, 258, 192) is cut along dim 1 or 2, not padded to a table a rank."""
+    sent = simulated(config, f"train.global_batch={4 * world}", world).sent
     run = load(config)
     model = build_recipe(run).build()
 
-    def shard_bytes(parameters: Iterable[Tensor]) -> int:
-        # The table of positions, (1, 258, 192), is cut along dim 1, all others along dim 0.
-        rows = [(0.5 if p.shape == (1, 258, 192) else -(-p.shape[0] // 2), p) for p in parameters]
-        return int(4 * sum(row * math.prod(p.shape[1:]) for row, p in rows))
+    def sent_bytes(parameters: Iterable[Tensor]) -> int:
+        rows = [(1 / world if p.shape == (1, 258, 192) else -(-p.shape[0] // world), p) for p in parameters]
+        return 4 * (world - 1) * sum(round(row * math.prod(p.shape[1:])) for row, p in rows)
 
-    whole = shard_bytes(model.parameters())
-    blocks = sum(shard_bytes(block.parameters()) for block in find_blocks(model))
+    whole = sent_bytes(model.parameters())
+    blocks = sum(sent_bytes(block.parameters()) for block in find_blocks(model))
     totals = {
         kind: sum(s.wire_bytes for s in sent if s.kind == kind) for kind in ("all-gather", "reduce-scatter")
     }
