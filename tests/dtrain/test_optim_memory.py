@@ -15,6 +15,7 @@ from dtrain import ema as ema_module
 from dtrain.adamw import AdamW
 from dtrain.checkpoint import TrainingState
 from dtrain.ema import EMA, Average, EMAConfig
+from dtrain.export import read_weights
 from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.norm import gradient_norm
 from dtrain.optim import OptimConfig, build_optimizer
@@ -234,7 +235,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         results: dict[str, Any] = torch.load(folder / f"{ranks}.pt")
         return results
 
-    return {4: run(4, "replicas"), 2: run(2, "compressed"), 1: run(1, "resharding")}
+    found = {4: run(4, "replicas"), 2: run(2, "compressed"), 1: run(1, "resharding")}
+    return found | {0: read_weights(folder / "4")}  # as for export and sampling, without a process group
 
 
 def differing(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
@@ -258,6 +260,13 @@ def test_a_checkpoint_of_four_ranks_goes_on_at_fewer_bit_for_bit(runs: Runs, ran
     assert differing(expected, runs[4]["start"])
     assert not differing(runs[ranks]["loaded"], expected)
     assert not differing(runs[ranks]["loaded-end"], runs[4]["end"])
+
+
+@pytest.mark.distributed
+def test_weights_come_whole_out_of_a_checkpoint_of_four_ranks(runs: Runs) -> None:
+    assert "table" in runs[0]
+    for name, weight in runs[0].items():
+        assert weight.equal(runs[4]["half"][f"ema.{name}" if name != "2.bias" else f"model.{name}"]), name
 
 
 @pytest.mark.distributed
