@@ -20,6 +20,7 @@ from benchmarks.sweep.plan import OURS, LeftOut, Plan
 from dtrain.adamw import AdamW, Moments, has_codes
 from dtrain.ema import Average
 from dtrain.kernels.adamw import update_bytes
+from dtrain.placement import placement
 from uvit import UViT
 
 __all__ = ["Averaging", "Shards", "Update", "adamw_plans"]
@@ -61,7 +62,7 @@ class Shards:
         self.settings, self.averaged = settings, averaged
         with torch.device("meta"):
             model = UViT(settings.model)
-        self.shapes = [(-(-p.shape[0] // settings.shards), *p.shape[1:]) for p in model.parameters()]
+        self.shapes = [_cut(p, settings.shards) for p in model.parameters()]
 
     def cost(self, moments: Moments) -> Cost:
         ema = torch.float32 if self.averaged else None
@@ -88,6 +89,12 @@ class Shards:
     @cached_property
     def exact(self) -> list[Tensor]:
         return Update(self, Averaging, torch.float64).changes
+
+
+def _cut(parameter: Tensor, ranks: int) -> tuple[int, ...]:
+    """Sizes of the first rank's part."""
+    dim = placement(parameter, ranks).dim
+    return tuple(-(-size // ranks) if i == dim else size for i, size in enumerate(parameter.shape))
 
 
 class Update:
