@@ -18,7 +18,7 @@ from benchmarks.accuracy.replicas import decoded_weights, equal_on_all_ranks, re
 from benchmarks.accuracy.settings import Settings
 from benchmarks.accuracy.study import Curve, Run
 from benchmarks.accuracy.variants import Variant
-from dtrain.activations.policy import ActivationConfig, apply_activation_policy
+from dtrain.activations.policy import ActivationConfig, apply_activation_policy, stash_meter
 from dtrain.blocks import find_blocks
 from dtrain.comm import Comm, attach
 from dtrain.ema import EMA
@@ -68,6 +68,7 @@ def train(scene: Scene, variant: Variant, seed: int) -> Run:
         if step + 1 in points:
             held_out.append(_finite(scene.held_out.loss(model.masters, parts=1)))
     wire = model.comm.meter.read(settings.steps)
+    _check_stash(model.module, variant)
     losses = optimisation.losses()
     loss, ema_loss = (_finite(scene.held_out.loss(s)) for s in (model.masters, optimisation.ema.shards))
     decoded = decoded_weights(model.module, scene.recipe, optimisation.next_batch(), seed)
@@ -86,6 +87,14 @@ def train(scene: Scene, variant: Variant, seed: int) -> Run:
         non_finite=int(wire["wire_non_finite"]),
         step_ms=1e3 * busy_s / settings.steps,
     )
+
+
+def _check_stash(module: nn.Module, variant: Variant) -> None:
+    meter = stash_meter(module)
+    if meter is not None and not meter.read(1)["stash_mib"]:
+        raise ValueError(
+            f"activations.stash = {variant.activations.stash!r}: no input of a block was put away"
+        )
 
 
 def _build(scene: Scene, variant: Variant, seed: int) -> _Model:

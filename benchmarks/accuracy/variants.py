@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 from dtrain.activations.policy import ActivationConfig
 from dtrain.adamw import Moments
@@ -61,6 +62,12 @@ def _texts(config: CommConfig | ActivationConfig) -> dict[str, str]:
 
 _INT4, _DELTA = CommConfig(preset="int8-int4"), CommConfig(preset="int4-delta")
 
+
+def _stash(kind: Literal["int8", "fp8"]) -> ActivationConfig:
+    """Of all inputs of blocks, which are small in a study."""
+    return ActivationConfig(policy="full", stash=kind, stash_smallest=1)
+
+
 VARIANTS: Mapping[str, Variant] = {
     BASELINE: Variant(CommConfig()),
     "bf16": Variant(CommConfig(preset="bf16")),
@@ -82,8 +89,8 @@ VARIANTS: Mapping[str, Variant] = {
     "bf16 weights, 8-bit moments, bf16 average": Variant(
         moments="8bit", weights="bf16", average="bf16", extra=True
     ),
-    "int8 stash": Variant(activations=ActivationConfig(policy="full", stash="int8"), extra=True),
-    "fp8 stash": Variant(activations=ActivationConfig(policy="full", stash="fp8"), extra=True),
+    "int8 stash": Variant(activations=_stash("int8"), extra=True),
+    "fp8 stash": Variant(activations=_stash("fp8"), extra=True),
 }
 
 

@@ -20,7 +20,7 @@ from dtrain.activations.host import HostStore
 from dtrain.activations.meter import StashMeter
 from dtrain.activations.region import Contexts, Forward, Region
 from dtrain.activations.selective import check_names, name_contexts, watch
-from dtrain.activations.stash import QuantisedStore, Stash, Stashed
+from dtrain.activations.stash import QuantisedStore, Stash, Stashed, Store
 from dtrain.kernels.payload import Format
 
 __all__ = ["ActivationConfig", "apply_activation_policy", "stash_meter"]
@@ -73,6 +73,13 @@ class ActivationConfig:
         default=0,
         metadata={"help": "Stash the inputs of this many of the first blocks, which wait longest; 0: all."},
     )
+    stash_smallest: int = field(
+        default=2**16,
+        metadata={
+            "help": "Inputs of fewer elements stay on the device, where they cost less than the host's time "
+            "to put them away; 1: none do."
+        },
+    )
     stash_limit_gib: float = field(
         default=1.0,
         metadata={"help": "For host: GiB on the device whose copies are under way before compute waits."},
@@ -99,6 +106,8 @@ class ActivationConfig:
             )
         if self.stash_blocks < 0:
             raise ValueError(f"activations.stash_blocks = {self.stash_blocks}: must be 0 (all) or more.")
+        if self.stash_smallest < 1:
+            raise ValueError(f"activations.stash_smallest = {self.stash_smallest}: must be 1 (all) or more.")
         if not self.stash_limit_gib > 0:
             raise ValueError(f"activations.stash_limit_gib = {self.stash_limit_gib}: must be above 0.")
 
@@ -141,9 +150,12 @@ def _stash(config: ActivationConfig) -> Stash | None:
     if config.stash == "device":
         return None
     meter = StashMeter()
-    if config.stash == "host":
-        return Stash(HostStore(int(config.stash_limit_gib * 2**30), meter), meter, config.stash_blocks)
-    return Stash(QuantisedStore(Format(config.stash), meter), meter, config.stash_blocks)
+    store: Store = (
+        HostStore(int(config.stash_limit_gib * 2**30), meter)
+        if config.stash == "host"
+        else QuantisedStore(Format(config.stash), meter)
+    )
+    return Stash(store, meter, config.stash_blocks, config.stash_smallest)
 
 
 def stash_meter(model: nn.Module) -> StashMeter | None:

@@ -11,6 +11,7 @@ Source: https://docs.pytorch.org/docs/stable/autograd.html#saved-tensors-hooks-d
 """
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -27,7 +28,8 @@ from dtrain.kernels.quantize import decode, encode
 
 __all__ = ["Packed", "QuantisedStore", "Stash", "Stashed", "Store"]
 
-_SMALLEST = 2**16  # elements: below, the host's time is worth more than the memory
+log = logging.getLogger(__name__)
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -126,10 +128,12 @@ class Stash:
         first: of how many of the first blocks; those of later ones stay, unless an earlier one has put the
             same tensor away. 0: of all.
         meter: of the store.
+        smallest: elements; smaller tensors stay.
     """
 
-    def __init__(self, store: Store, meter: StashMeter, first: int = 0) -> None:
-        self.store, self.meter, self.first = store, meter, first
+    def __init__(self, store: Store, meter: StashMeter, first: int = 0, smallest: int = 1) -> None:
+        self.store, self.meter, self.first, self.smallest = store, meter, first, smallest
+        self._said = False
         self._numbers = itertools.count()
         self._calls: WeakValueDictionary[int, _Call] = WeakValueDictionary()
         self._shared: dict[_Place, tuple[int, ReferenceType[Any]]] = {}
@@ -143,12 +147,14 @@ class Stash:
         """
         tensors = [value for value in values if isinstance(value, Tensor)]
         # A saved tensor has lost its version: it is taken here.
-        versions = {_place(tensor): tensor._version for tensor in tensors if _worth(tensor)}
+        versions = {_place(tensor): tensor._version for tensor in tensors if self._worth(tensor)}
         call, mine = _Call(next(self._numbers)), not self.first or block < self.first
         self._calls[call.number] = call
+        if mine and not versions:
+            self._say_small(tensors)
 
         def pack(tensor: Tensor) -> Any:
-            version = versions.get(_place(tensor)) if _worth(tensor) else None
+            version = versions.get(_place(tensor)) if self._worth(tensor) else None
             packed = None if version is None else self._packed(tensor, version, mine)
             if packed is None:
                 return tensor
@@ -157,6 +163,20 @@ class Stash:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield
+
+    def _worth(self, tensor: Tensor) -> bool:
+        return _can_wait(tensor) and tensor.numel() >= self.smallest
+
+    def _say_small(self, tensors: Sequence[Tensor]) -> None:
+        """Once, where a block that should have its inputs put away keeps all of them."""
+        small = [tuple(tensor.shape) for tensor in tensors if _can_wait(tensor)]
+        if small and not self._said:
+            self._said = True
+            log.warning(
+                "activations.stash: a block's inputs %s stay on the device, for they have fewer than "
+                "activations.stash_smallest = %d elements",
+                ", ".join(map(str, small)), self.smallest,
+            )  # fmt: skip
 
     def _packed(self, tensor: Tensor, version: int, mine: bool) -> Any:
         place = _place(tensor)
@@ -190,8 +210,9 @@ class Stash:
         return max(calls, key=lambda call: call.number).packed if calls else ()
 
 
-def _worth(tensor: Tensor) -> bool:
-    return tensor.dtype in _DTYPES and tensor.dim() >= 2 and tensor.numel() >= _SMALLEST
+def _can_wait(tensor: Tensor) -> bool:
+    """Scalars and vectors, such as times and masks of numbers, are no rows of features."""
+    return tensor.dtype in _DTYPES and tensor.dim() >= 2
 
 
 class Stashed(Outside):

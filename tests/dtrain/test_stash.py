@@ -46,9 +46,9 @@ class _Numbered:
         self.number, self.tensor = number, tensor
 
 
-def recorded(first: int = 0) -> tuple[Stash, Recording]:
+def recorded(first: int = 0, smallest: int = 1) -> tuple[Stash, Recording]:
     store = Recording()
-    return Stash(store, StashMeter(), first), store
+    return Stash(store, StashMeter(), first, smallest), store
 
 
 def regions(stash: Stash, x: Tensor, *functions: Any) -> Tensor:
@@ -153,7 +153,7 @@ def test_a_retained_graph_fetches_again() -> None:
 
 @pytest.mark.parametrize("small", [torch.randn(255, 257), torch.randn(2**16), torch.ones(256, 256).long()])
 def test_what_is_small_or_no_matrix_of_floats_stays(small: Tensor) -> None:
-    stash, store = recorded()
+    stash, store = recorded(smallest=2**16)
     with stash.inputs(0, (small,)):
         checkpoint(lambda x, y: x * y, small, torch.ones((), requires_grad=True), use_reentrant=False)
     assert store.puts == 0
@@ -249,11 +249,22 @@ def test_the_host_keeps_values_and_strides() -> None:
     assert torch.equal(store.fetch(store.put(odd)), odd)
 
 
+def test_small_inputs_stay_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    for smallest, puts in ((32, 2), (33, 0)):
+        stash, store = recorded(smallest=smallest)
+        regions(stash, x, torch.sin, torch.cos).sum().backward()
+        assert store.puts == puts
+    assert [r.getMessage().count("(4, 8) stay on the device") for r in caplog.records] == [1]
+
+
 def test_config() -> None:
     with pytest.raises(ValueError, match=r"activations.stash = 'int8': policy = 'none' keeps.*'full'"):
         ActivationConfig(stash="int8")
     with pytest.raises(ValueError, match=r"stash_blocks = -1"):
         ActivationConfig("full", stash_blocks=-1)
+    with pytest.raises(ValueError, match=r"stash_smallest = 0"):
+        ActivationConfig("full", stash="int8", stash_smallest=0)
     with pytest.raises(ValueError, match=r"stash_limit_gib = 0"):
         ActivationConfig("full", stash="host", stash_limit_gib=0)
     model, _ = filled("tiny_dit")
