@@ -121,6 +121,41 @@ class PlainUViT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.channels, side * p, side * p)
 
 
+class ClipEmbed(nn.Module):
+    def __init__(self, patch: tuple[int, int, int], channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(channels, width, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]  # (B, N, D)
+
+
+class PlainVideoUViT(PlainUViT):
+    """The same for clips (B, C, T, H, W): patches in time too, no convolution at the end."""
+
+    def __init__(
+        self,
+        size: tuple[int, int, int],
+        patch: tuple[int, int, int],
+        in_chans: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__(patch[1], patch[1], in_chans, embed_dim, depth, num_heads, num_classes, conv=False)
+        self.patch = patch
+        self.grid = tuple(side // p for side, p in zip(size, patch, strict=True))
+        self.patch_embed = ClipEmbed(patch, in_chans, embed_dim)  # type: ignore[assignment]
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + math.prod(self.grid), embed_dim))
+        self.decoder_pred = nn.Linear(embed_dim, math.prod(patch) * in_chans)
+
+    def _unpatchify(self, x: Tensor, side: int) -> Tensor:
+        x = x.reshape(x.shape[0], *self.grid, *self.patch, self.channels)
+        sizes = [n * p for n, p in zip(self.grid, self.patch, strict=True)]
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape[0], self.channels, *sizes)
+
+
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
     """cos then sin of t / 10000^(2i/width), i < width/2: (B,) -> (B, width)."""
     half = width // 2

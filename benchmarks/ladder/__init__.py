@@ -1,0 +1,1 @@
+"""The memory ladder: what each remedy takes off the peak, `python -m benchmarks.ladder`."""
