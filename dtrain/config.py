@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from dtrain.activations.policy import ActivationConfig
 from dtrain.checkpoint import CheckpointConfig
 from dtrain.comm import CommConfig
@@ -37,8 +35,10 @@ from dtrain.swap.fusion import FusionConfig
 from dtrain.tables import TableReader, did_you_mean
 from dtrain.toml import emit_table, emit_value, entries_of, parse_value
 
+# Imported where a file's values are checked: what makes its `RunConfig` in Python runs without pydantic.
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from pydantic import ValidationError
 
 
 T = TypeVar("T", bound="DataclassInstance")
@@ -113,13 +113,7 @@ def from_table(table: Mapping[str, Any], source: str = "config") -> RunConfig:
     recipe_type = config_type(find_factory(table.get("recipe"), source))
     document = document_type(recipe_type)
     reader = TableReader(document)
-    plain = reader.read(table)
-    try:
-        values = _validate(document, plain)
-    except ValidationError as error:
-        _fail(source, reader.problems + _explain(error, document, plain))
-    if reader.problems:
-        _fail(source, reader.problems)
+    values = _validate(document, reader, reader.read(table), source)
     try:
         mine = {name: values.pop(name) for name in hints(RunConfig) if name in values}
         return RunConfig(**mine, recipe_config=recipe_type(**values) if recipe_type else None)
@@ -137,13 +131,7 @@ def override(config: T, options: Mapping[str, Any], source: str) -> T:
     """
     reader = TableReader(type(config))
     plain = {**json.loads(json.dumps(dataclasses.asdict(config))), **reader.read(options)}
-    try:
-        values = _validate(type(config), plain)
-    except ValidationError as error:
-        _fail(source, reader.problems + _explain(error, type(config), plain))
-    if reader.problems:
-        _fail(source, reader.problems)
-    return type(config)(**values)
+    return type(config)(**_validate(type(config), reader, plain, source))
 
 
 def check_world(config: RunConfig, world: int) -> None:
@@ -238,15 +226,23 @@ def _override(table: dict[str, Any], setting: str) -> None:
     table[last] = parse_value(text.strip())
 
 
-def _validate(document: type, plain: dict[str, Any]) -> dict[str, Any]:
+def _validate(document: type, reader: TableReader, plain: dict[str, Any], source: str) -> dict[str, Any]:
+    """Values by field; ConfigError lists what the reader found and what is wrong with them."""
+    from pydantic import TypeAdapter, ValidationError
+
     # Of pydantic's strict modes JSON's is the one that fits TOML: an object may stand for a dataclass and an
     # array for a tuple.
     adapter: TypeAdapter[Any] = TypeAdapter(document)
-    whole = adapter.validate_json(json.dumps(plain, default=str), strict=True)
+    try:
+        whole = adapter.validate_json(json.dumps(plain, default=str), strict=True)
+    except ValidationError as error:
+        _fail(source, reader.problems + _explain(error, document, plain))
+    if reader.problems:
+        _fail(source, reader.problems)
     return {name: getattr(whole, name) for name in hints(document)}
 
 
-def _explain(error: ValidationError, document: type, table: dict[str, Any]) -> list[str]:
+def _explain(error: "ValidationError", document: type, table: dict[str, Any]) -> list[str]:
     """Pydantic's findings in one line each; the alternatives of a union make one finding, not several."""
     lines: dict[str, str] = {}
     for finding in error.errors():

@@ -5,17 +5,33 @@
 
 Source: Peebles & Xie, Scalable Diffusion Models with Transformers, https://arxiv.org/abs/2212.09748
 
-Shapes: B images, C channels, S side, P patch side, N tokens, D width.
+Shapes: B images, C channels, S side, P patch side, N tokens, D width, H heads, K width of a head.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines.plain_uvit import Attention, PatchEmbed, timestep_embedding
+from benchmarks.baselines.plain_uvit import PatchEmbed, timestep_embedding
 
 __all__ = ["PlainDiT"]
 
 _SINUSOIDS = 256
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, N, K)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
