@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.blocks import find_blocks
-from dtrain.config import build_recipe, load
+from dtrain.config import RunConfig, build_recipe, load
+from dtrain.plan import plan as plan_module
 from dtrain.plan.accounts import AVERAGES, WORKSPACE
 from dtrain.plan.devices import device
 from dtrain.plan.estimate import Rates
@@ -209,6 +210,21 @@ def fit(config: Path, peak: int) -> Fit:
     return find_fit(load(config, FIT.split(";")), 2, replace(device("h100"), memory_bytes=memory), Rates())
 
 
+@pytest.fixture
+def simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches for GPUs of several sizes simulate the same settings, each of them once."""
+    found: dict[tuple[str, int, str], Simulation] = {}
+
+    def once(config: RunConfig, world: int, arch: str) -> Simulation:
+        asked = (repr(config), world, arch)
+        if asked not in found:
+            found[asked] = simulate(config, world, arch)
+        return found[asked]
+
+    monkeypatch.setattr(plan_module, "simulate", once)
+
+
+@pytest.mark.usefixtures("simulated_once")
 def test_the_first_that_fits_is_found_without_rounding(config: Path) -> None:
     roomy = fit(config, 2**40)
     assert roomy.plan is not None
