@@ -135,6 +135,10 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *of_asked(_backward(grad, *ctx.saved_tensors, *ctx.how, needs), needs), None, None, None
 
 
+def _shape(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *_: object) -> tuple[int, ...]:
+    return *x.shape[:-1], w2.shape[0]
+
+
 _INPUTS = "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str approximate, int chunks, bool fused"
 
 _backward = Operator(
@@ -149,8 +153,9 @@ chunked_mlp = Operator(
     f"dtrain::chunked_mlp({_INPUTS}) -> Tensor",
     cpu=_forward_op,
     cuda=_forward_op,
-    fake=lambda x, w1, b1, w2, *_: x.new_empty(*x.shape[:-1], w2.shape[0]),
+    fake=lambda *args: args[0].new_empty(_shape(*args)),
     flops=_forward_flops,
     save=_save,
     backward=_differentiate,
+    shape=_shape,
 )

@@ -182,6 +182,10 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *of_asked(_backward(grad, *ctx.saved_tensors, *ctx.how, needs), needs), None, None
 
 
+def _shape(pre: Tensor, bias: Tensor | None, weight: Tensor, *_: object) -> tuple[int, ...]:
+    return *pre.shape[:-1], weight.shape[0]
+
+
 _INPUTS = "Tensor pre, Tensor? bias, Tensor weight, Tensor? out_bias, str approximate, bool fused"
 
 _backward = Operator(
@@ -196,10 +200,11 @@ gelu_linear_op = Operator(
     f"dtrain::gelu_linear({_INPUTS}) -> Tensor",
     cpu=_forward_op,
     cuda=_forward_op,
-    fake=lambda pre, bias, weight, *_: pre.new_empty(*pre.shape[:-1], weight.shape[0]),
+    fake=lambda *args: args[0].new_empty(_shape(*args)),
     flops=_forward_flops,
     save=_save,
     backward=_differentiate,
+    shape=_shape,
 )
 
 

@@ -130,7 +130,7 @@ class GradientReduce(ReduceScatter):
         output_tensor: Tensor,
         input_tensor: Tensor,
         group: dist.ProcessGroup,
-        op: dist.ReduceOp,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
         """Write the sum of what ranks have for this one in (W·n,), / `divide`, to (n,)."""

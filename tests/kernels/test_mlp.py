@@ -4,16 +4,18 @@ import functools
 import gc
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import peak_bytes
-from dtrain.kernels import chunked_mlp, gelu_kernels
+from dtrain.kernels import chunked_mlp, gelu_kernels, gelu_linear
 from dtrain.kernels.mlp import mlp
 from tests.kernels.attention_checks import DEVICE, draw
 from tests.kernels.products import declared_flops, performed_flops
@@ -171,6 +173,33 @@ def test_flops_are_three_times_the_forward_and_the_recomputed_product(chunks: in
         evaluate(mlp, inputs, grad, chunks=chunks)
     first, second = 2 * 37 * 40 * 16, 2 * 37 * 40 * 12
     assert counter.get_total_flops() == 3 * (first + second) + recomputed * first
+
+
+@pytest.mark.parametrize(("chunks", "name"), [(1, "gelu_linear"), (3, "chunked_mlp")])
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_recomputation_ends_in_front_of_it(
+    chunks: int, name: str, watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a region ends with an MLP, its last operator runs once, whether or not a mode looks on."""
+    operator = {"gelu_linear": gelu_linear.gelu_linear_op, "chunked_mlp": chunked_mlp.chunked_mlp}[name]
+    inputs, grad = {n: x.requires_grad_() for n, x in draw_inputs(out=16).items()}, draw_grad(out=16)
+    leaves = list(inputs.values())
+    wanted = torch.autograd.grad(mlp(**inputs, chunks=chunks) + inputs["x"], leaves, grad)
+    calls = []
+    kernel = operator._kernels[DEVICE.type]
+    monkeypatch.setitem(operator._kernels, DEVICE.type, lambda *args: calls.append(name) or kernel(*args))
+
+    def block(x: Tensor, *others: Tensor) -> Tensor:
+        return x + mlp(x, *others, chunks=chunks)
+
+    with FlopCounterMode(display=False) if watched else nullcontext() as counter:
+        found = torch.autograd.grad(checkpoint(block, *leaves, use_reentrant=False), leaves, grad)
+    assert all(map(torch.equal, found, wanted))
+    if counter is None:
+        assert calls == [name]
+    else:
+        product = 2 * 37 * 40 * 16
+        assert counter.get_total_flops() == (2 + 1 + 4) * product
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
