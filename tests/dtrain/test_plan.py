@@ -99,7 +99,7 @@ def test_the_planned_peak_is_that_of_real_ranks(config: Path, world: int, sets: 
         assert held == pytest.approx(real["held"], rel=1e-4), each
         exact = "budget" not in each and "comm" not in each
         assert peak == pytest.approx(real["by_operators"], rel=1e-3 if exact else 0.02), each
-        if world == 1:  # threads of gloo free late, unseen by the allocator's events
+        if world == 1:
             assert peak == pytest.approx(real["peak"], rel=0.02), each
 
 
