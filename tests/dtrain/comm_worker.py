@@ -171,16 +171,19 @@ def tiny_gradients(preset: str, **options: Any) -> Result:
     return {"zero_stays_zero": zero, "tiny_stays_tiny": 0 <= tiny < 1e-30}
 
 
+_REDUCTIONS = 20
+
+
 def feedback(preset: str, **options: Any) -> Result:
     """How far the mean of many reductions of one gradient is from it."""
     run = Run(preset, **options)
     total: dict[str, Tensor] = {}
-    for _ in range(32):
+    for _ in range(_REDUCTIONS):
         run.optimizer.zero_grad()
         run.backward()
         total = {name: total.get(name, 0) + g for name, g in run.gradients().items()}
     last, reference = run.gradients(), _reference_gradients(run)
-    mean = {name: t / 32 for name, t in total.items()}
+    mean = {name: t / _REDUCTIONS for name, t in total.items()}
 
     def compressed(name: str) -> bool:
         return "fc1.weight" in name

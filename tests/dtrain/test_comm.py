@@ -28,6 +28,7 @@ FEEDBACK += [f"{FEEDBACK[1]}:ranks_per_node=2", f"{FEEDBACK[1]}:replicate=2:rank
 OTHERS = ["accumulation:int8-int4", "other_parts:int8-int4", "reentrant:int8", "alarm:int8"]
 CHOICES = [f"choice:auto{shape}" for shape in SHAPES[:3]]
 REPEATED = ["weights:int8-int4", "weights:int4-delta"]
+CONTINUED = ["int8-int4", "int4-delta"]
 RESUMED = ["int8-int4", "int4-delta", "int4-delta:reference=int8", "int8-int4:replicate=2"]
 
 
@@ -51,6 +52,12 @@ def four(folder: Path) -> dict[str, list[dict[str, Any]]]:
     scenarios = [*GRADIENTS, *WEIGHTS, "not_finite:bf16", *NAN, *BYTES, *TINY, *FEEDBACK, *OTHERS, *CHOICES]
     resumed = [resume(preset, first) for preset in RESUMED for first in (1, 0)]
     return run(4, folder / "four.json", folder, *PLAIN, *scenarios, *resumed)
+
+
+@pytest.fixture(scope="module")
+def two(four: dict, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each of two ranks measured, going on where four were."""
+    return run(2, folder / "two.json", folder, *(resume(preset, 0) for preset in CONTINUED))
 
 
 @pytest.mark.parametrize("scenario", GRADIENTS)
@@ -184,15 +191,15 @@ def test_a_resumed_run_is_the_undisturbed_one(four: dict, preset: str) -> None:
     assert undisturbed[0]["state"], "nothing is remembered"
 
 
-@pytest.mark.parametrize("preset", ["int8-int4", "int4-delta"])
-def test_on_another_number_of_ranks_the_curve_goes_on(four: dict, folder: Path, preset: str) -> None:
-    two = run(2, folder / "two.json", folder, resume(preset, 0))[resume(preset, 0)]
-    assert two[0]["losses"] == two[1]["losses"]
+@pytest.mark.parametrize("preset", CONTINUED)
+def test_on_another_number_of_ranks_the_curve_goes_on(four: dict, two: dict, preset: str) -> None:
+    ranks = two[resume(preset, 0)]
+    assert ranks[0]["losses"] == ranks[1]["losses"]
     references = four[resume(preset, 1)][0]["references"]
-    assert two[0]["references"] == references
+    assert ranks[0]["references"] == references
     assert ("reference.table" in references) == (preset == "int4-delta")
     # The same samples; what rounding took from one step's gradients is lost.
-    for ours, theirs in zip(two[0]["losses"], four[resume(preset, 1)][0]["losses"], strict=True):
+    for ours, theirs in zip(ranks[0]["losses"], four[resume(preset, 1)][0]["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=0.01)
 
 
