@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, in one go: its tests, the sweeps, overlap with collectives, the tuner.
+"""All that waits for a GPU, in one go: its tests, the sweeps, overlap with collectives, memory, the tuner.
 
 `python -m benchmarks.gpu` works from a clone in which nothing is installed, with the packages that are there:
 PyTorch, Triton and pytest. Test files that need others are skipped, by name. What a stage leaves of its share
@@ -74,6 +74,11 @@ def stages(out: Path, rehearse: bool) -> Iterator[Stage]:
     yield Stage("overlap", ("-m", "benchmarks.scale.overlap", *scale, *on_cpu), share=1)
     codecs = () if rehearse else ("--codecs", str(out / "fused.json"))
     yield Stage("scale", ("-m", "benchmarks.scale", *scale, *codecs), share=0.5)
+    ladder = ("-m", "benchmarks.ladder", "--measure", "--out", str(out / "ladder"), "--budget-s", "{seconds}")
+    # What fits a GPU's minutes comes first; what does not is left out by name.
+    rungs = ("--worlds", "8", "--workloads", "2b-33k", "h2", "xl2", "2b-131k")
+    few = ("--rehearse", "--worlds", "8", "--workloads", "xl2", "--rungs", "B1", "host")
+    yield Stage("ladder", (*ladder, *(few if rehearse else rungs)), share=8)
     tables = ("--json", str(out / "tiles.json"), "--log", str(out / "tune.json"), "--budget-s", "{seconds}")
     sizes = ("--device", "cpu", "--head-dim", "64", "--limit", "1", "--tokens", "40", "--workers", "1")
     tune = ("-m", "dtrain.kernels.tune", *tables, *(sizes if rehearse else ("--limit", "12")))
@@ -177,7 +182,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--only",
         nargs="+",
         metavar="STAGE",
-        help="of tests, kernels, attention, fused, overlap, scale and tune",
+        help="of tests, kernels, attention, fused, overlap, scale, ladder and tune",
     )
     return parser.parse_args(argv)
 

@@ -17,7 +17,7 @@ from dtrain.recipe import Batch, DataState, Recipe
 from dtrain.rng import SampleRNG
 from uvit import UViTConfig
 
-__all__ = ["LatentsConfig", "latents"]
+__all__ = ["LatentsConfig", "first_batch", "latents"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ def latents(config: LatentsConfig) -> Recipe:
         return uvit.forward_flops(model, len(batch["index"]), *model.input_size)
 
     return Recipe(build=build, init=fill_by_building(build), loss=_loss, data=data, flops=flops)
+
+
+def first_batch(recipe: Recipe, samples: int) -> Batch:
+    """What rank 0 reads first, on the CPU."""
+    return next(iter(recipe.data(0, 1, DataState(0, 0, samples))))
 
 
 def _build(config: LatentsConfig) -> nn.Module:

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dtrain.activations.policy import ActivationConfig
+from dtrain.ema import EMAConfig
+from dtrain.optim import OptimConfig
+
 __all__ = ["RUNGS", "Rung"]
 
 _CHUNKS = 4
@@ -17,20 +21,22 @@ class Rung:
         title: for people.
         base: plain PyTorch's "ddp" or "fsdp2", or dtrain's own.
         checkpointing: of every block; for the baselines.
-        tables: of a run's config, for dtrain's.
+        activations, optim, ema: of a run's config, for dtrain's.
         rounds: whether it changes numbers, for fewer bits.
     """
 
     title: str
     base: Literal["ddp", "fsdp2", "dtrain"] = "dtrain"
     checkpointing: bool = False
-    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
     rounds: bool = False
 
 
 def _ours(title: str, rounds: bool = False, optim: Any = None, ema: Any = None, **activations: Any) -> Rung:
-    tables = {"activations": activations, "optim": optim or {}, "ema": ema or {}}
-    return Rung(title, tables=tables, rounds=rounds)
+    configs = ActivationConfig(**activations), OptimConfig(**optim or {}), EMAConfig(**ema or {})
+    return Rung(title, "dtrain", False, *configs, rounds)
 
 
 _CHUNKED: dict[str, Any] = {"policy": "full", "mlp_chunks": _CHUNKS}

@@ -1,10 +1,12 @@
 """What is trained: image and video U-ViTs, and DiT-XL/2, each with the samples that a GPU has of a batch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-__all__ = ["WORKLOADS", "Workload"]
+from uvit import UViTConfig
+
+__all__ = ["WORKLOADS", "Workload", "tiny"]
 
 _CLASSES = 1001
 
@@ -16,22 +18,36 @@ class Workload:
     Attributes:
         name: for the command line.
         title: for people.
-        model: the `[model]` table of `benchmarks.ladder.recipe`.
+        model: of `benchmarks.ladder.recipe`.
         samples: of a GPU and step, in one micro-batch.
         kind: which model; a DiT is plain on every rung, and dtrain swaps its layers.
     """
 
     name: str
     title: str
-    model: dict[str, Any]
+    model: UViTConfig
     samples: int = 1
     kind: Literal["uvit", "dit"] = "uvit"
 
 
+def tiny(workload: Workload) -> Workload:
+    """The same kind of model with heads as wide, for gates and rehearsals: seconds on a CPU."""
+    model = workload.model
+    frames = min(2, model.input_size[0])
+    small = replace(
+        model,
+        input_size=(frames, 16, 16),
+        width=2 * model.width // model.heads,
+        heads=2,
+        depth=4,
+        num_classes=5,
+    )
+    return Workload(workload.name, f"{workload.title}; tiny", small, 2, workload.kind)
+
+
 def _image(name: str, title: str, samples: int, kind: Literal["uvit", "dit"], conv: bool) -> Workload:
     """The size of U-ViT-H/2 and of DiT-XL/2, on 32 x 32 latents: 256 patches."""
-    model = {"width": 1152, "depth": 28, "heads": 16, "num_classes": _CLASSES, "condition": "class"}
-    return Workload(name, title, model | {"final_conv": conv}, samples, kind)
+    return Workload(name, title, _model(width=1152, depth=28, heads=16, final_conv=conv), samples, kind)
 
 
 def _videos() -> Iterator[Workload]:
@@ -42,17 +58,20 @@ def _videos() -> Iterator[Workload]:
     lengths = [("8k", (8, 64, 64)), ("33k", (32, 64, 64)), ("131k", (32, 128, 128))]
     for size, width, depth, heads in sizes:
         for length, clip in lengths:
-            model: dict[str, Any] = {
-                "input_size": list(clip),
-                "in_channels": 16,
-                "width": width,
-                "depth": depth,
-                "heads": heads,
-                "condition": "class",
-                "num_classes": _CLASSES,
-                "final_conv": False,
-            }
+            body = _model(width=width, depth=depth, heads=heads, final_conv=False)
+            model = replace(body, input_size=clip, in_channels=16)
             yield Workload(f"{size}-{length}", f"video U-ViT {size.upper()}, {length} tokens", model)
+
+
+def _model(width: int, depth: int, heads: int, final_conv: bool) -> UViTConfig:
+    return UViTConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        condition="class",
+        num_classes=_CLASSES,
+        final_conv=final_conv,
+    )
 
 
 WORKLOADS = {

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu import Stage, run_stages, stages
+from benchmarks.ladder.result import read_measured
 from benchmarks.sweep.run import read_sweep
 from benchmarks.sweep.table import sound
 from dtrain.kernels.launch import HAS_TRITON
@@ -37,6 +38,7 @@ def test_the_rehearsal_goes_all_the_way_on_few_packages(
         "fused": 0,
         "overlap": 0,
         "scale": 0,
+        "ladder": 0,
         "tune": 0,
     }
     assert " passed, 2 skipped in" in done.stdout  # CUDA graphs, and memory of a GPU
@@ -58,8 +60,11 @@ def test_the_rehearsal_goes_all_the_way_on_few_packages(
     assert [(c.head_dim, c.sparse) for c in tables.choices["sm_80"]] == [(64, False), (64, True)]
     assert {p.name for p in tmp_path.iterdir()} == {
         "gpu.json", "gpu.log", "attention.json", "attention.png", "fused.json", "fused.png",
-        "tiles.json", "tune.json", "scale",
+        "tiles.json", "tune.json", "scale", "ladder",
     }  # fmt: skip
+    ladder = read_measured(tmp_path / "ladder" / "ladder-measured.json")
+    assert ladder.sound
+    assert [(row.rung, len(row.steps_s)) for row in ladder.rows] == [("B1", 1), ("host", 1)]
     modelled = {"overlap.json", "scale.json", "plot.png"}
     assert {p.name for p in (tmp_path / "scale").iterdir()} == modelled
 
@@ -102,7 +107,9 @@ def test_tests_that_need_a_missing_package_are_skipped_by_name(
 def test_an_unknown_stage_is_refused() -> None:
     done = run_python("-m", "benchmarks.gpu", "--only", "paint", "--rehearse", check=False)
     assert done.returncode == 2
-    assert "--only = paint: must be one of tests, attention, fused, overlap, scale, tune" in done.stderr
+    assert (
+        "--only = paint: must be one of tests, attention, fused, overlap, scale, ladder, tune" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(("python", "installs"), [((), True), (("PYTHON=/opt/python3",), False)])

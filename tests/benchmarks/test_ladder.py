@@ -1,6 +1,7 @@
 """The memory ladder: every rung trains the same function, and what is planned of it is what it holds."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.ladder import workloads
 from benchmarks.ladder.__main__ import main
-from benchmarks.ladder.baselines import ddp, fsdp2
+from benchmarks.ladder.baselines import baseline
 from benchmarks.ladder.planned import config_of, plan_rung
-from benchmarks.ladder.recipe import LatentsConfig, latents
+from benchmarks.ladder.recipe import LatentsConfig, first_batch, latents
 from benchmarks.ladder.result import Row
 from benchmarks.ladder.rungs import RUNGS
 from benchmarks.ladder.workloads import WORKLOADS, Workload
@@ -23,19 +24,16 @@ from dtrain.plan.fake import alone, faked, without_data
 from dtrain.plan.ledger import Ledger
 from dtrain.plan.observe import Subject, observe
 from dtrain.plan.peak import find_peak
-from dtrain.recipe import Batch, DataState, Recipe
+from dtrain.recipe import Batch
 from dtrain.rng import SampleRNG
+from uvit import UViTConfig
 
-_MODEL = {"width": 128, "depth": 4, "heads": 2, "num_classes": 5, "condition": "class", "final_conv": False}
+_MODEL = UViTConfig(width=128, depth=4, heads=2, num_classes=5, condition="class", final_conv=False)
 SMALL = {
-    "clips": Workload("clips", "", _MODEL | {"input_size": [8, 16, 16], "in_channels": 4}),
+    "clips": Workload("clips", "", replace(_MODEL, input_size=(8, 16, 16))),
     "images": Workload("images", "", _MODEL, samples=4),
     "dit": Workload("dit", "", _MODEL, samples=4, kind="dit"),
 }
-
-
-def drawn(recipe: Recipe, samples: int) -> Batch:
-    return next(iter(recipe.data(0, 1, DataState(0, 0, samples))))
 
 
 @pytest.mark.parametrize("name", ["clips", "images"])
@@ -49,7 +47,7 @@ def test_plain_and_ours_are_one_function(name: str) -> None:
     shapes = {name: p.shape for name, p in models[1].named_parameters()}
     # Ours keeps the kernel of patches of one frame as an image's.
     models[1].load_state_dict({n: x.reshape(shapes[n]) for n, x in models[0].state_dict().items()})
-    batch = drawn(ours, SMALL[name].samples)
+    batch = first_batch(ours, SMALL[name].samples)
     losses = []
     for recipe, model in zip((plain, ours), models, strict=True):
         loss = recipe.loss(model, batch, SampleRNG(0, batch["index"]))
@@ -72,16 +70,14 @@ def test_a_baseline_holds_what_is_planned(name: str, rung: str) -> None:
     """
     config = config_of(SMALL[name], RUNGS[rung], 1)
     recipe = build_recipe(config)
-    batch = drawn(recipe, config.train.micro_batch)
+    batch = first_batch(recipe, config.train.micro_batch)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     [unreal] = faked([batch], mode)
     with alone(1):
         mesh = build_mesh(MeshConfig(), 1, "cpu")
 
         def subject(batch: Batch, ledger: Ledger) -> Subject:
-            if RUNGS[rung].base == "ddp":
-                return ddp(recipe, batch, RUNGS[rung].checkpointing, ledger)
-            return fsdp2(recipe, batch, RUNGS[rung].checkpointing, mesh)
+            return baseline(recipe, RUNGS[rung], batch, mesh, ledger)
 
         def peak(batch: Batch) -> int:
             ledger = Ledger()
@@ -121,9 +117,9 @@ def test_rungs_of_a_workload(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(rows["host-8bit"].kinds[kind] < rows["host"].kinds[kind] for kind in state)
 
 
-def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("benchmarks.ladder.__main__.RUNGS", {name: RUNGS[name] for name in ("B2", "host")})
-    assert main(["--workloads", "h2", "--worlds", "8", "--out", str(tmp_path), "--jobs", "1"]) == 0
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--workloads", "h2", "--worlds", "8", "--rungs", "B2", "host"]
+    assert main([*chosen, "--out", str(tmp_path), "--jobs", "1"]) == 0
     text = capsys.readouterr().out
     assert all(words in text for words in ("U-ViT-H/2", "of B2", "not measured"))
     assert len(json.loads((tmp_path / "ladder.json").read_text())["rows"]) == 2
