@@ -362,7 +362,7 @@ def aot_cases() -> Iterator[AotCase]:
             for head_dim in (64, 72, 96, 128):
                 constants = _constants(arch, head_dim, _unit(head_dim))
                 yield _case(f"qk_norm_rope.{name} D={head_dim}", kernel, arch, constants)
-                constants |= dict.fromkeys(values)
+                constants = constants | dict.fromkeys(values)
                 yield _case(f"qk_norm_rope.{name} D={head_dim} without values", kernel, arch, constants)
 
 

@@ -5,6 +5,7 @@ Triton's interpreter, in which nothing is compiled.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -168,9 +169,50 @@ def _is_narrow(name: str) -> bool:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_kernel_passes(arch: str, compiler: Any) -> None:
-    status, printed, measured = compiler("--arch", arch)
+    status, printed, found = compiler("tests.kernels.shipped", "--arch", arch)
     assert status == 0, printed
-    assert {m.arch for m in measured.values()} == {arch}
-    assert [m.name for m in measured.values() if not m.wide_loads and not _is_narrow(m.name)] == []
+    assert {m.arch for m in found.values()} == {arch}
+    measured = {name: m for (_, name), m in found.items()}
+    assert [name for name, m in measured.items() if not m.wide_loads and not _is_narrow(name)] == []
     if arch == "sm_90":
         assert {m.spills for m in measured.values()} == {0}
+        check_gelu_loads_rows_by_16_bytes(measured)
+        check_norms_copy_rows_ahead_by_16_bytes(measured)
+        check_rotations_load_by_16_bytes_where_halves_of_heads_allow_it(measured)
+        check_quantisers_load_by_16_bytes(measured)
+
+
+def check_gelu_loads_rows_by_16_bytes(measured: dict[str, aot.Measurement]) -> None:
+    cases = [m for name, m in measured.items() if name.startswith("gelu")]
+    assert len(cases) == 6
+    for case in cases:
+        assert case.wide_loads == 2, case  # two vectors forwards, pre and dact backwards
+        assert case.registers <= 64, case
+
+
+def check_norms_copy_rows_ahead_by_16_bytes(measured: dict[str, aot.Measurement]) -> None:
+    for width in (768, 1024, 1152, 1536, 2048, 3072):
+        for way, tensors in (("forward", 2), ("backward", 3)):
+            case = measured[f"norm.{way} add_norm D={width}"]
+            assert case.wide_loads >= 3 * tensors, case  # the first two rows of a program and one in its loop
+            assert case.shared_bytes >= 2 * tensors * width * 2, case  # two rows
+
+
+def check_rotations_load_by_16_bytes_where_halves_of_heads_allow_it(
+    measured: dict[str, aot.Measurement],
+) -> None:
+    """Halves of rows, 4 loads of angles, 4 of weights."""
+    rows = {"forward": 6, "backward": 10}
+    for (name, halves), values in itertools.product(rows.items(), (True, False)):
+        suffix = "" if values else " without values"
+        found = {d: measured[f"qk_norm_rope.{name} D={d}{suffix}"].wide_loads for d in (64, 72, 96, 128)}
+        loads = halves - (0 if values else 2) + 4 + 4
+        assert found == {64: loads, 72: 2, 96: loads, 128: loads}  # of D = 72 the angles alone
+
+
+def check_quantisers_load_by_16_bytes(measured: dict[str, aot.Measurement]) -> None:
+    for bits, codes in (("int8", 2), ("fp8", 2), ("int4", 1)):
+        # A thread's 16 elements of each half: of fp32 in 4 loads, of codes in one, or both halves in one.
+        loads = {"encode": 2 * 4, "decode_sum": codes, "decode_sum_encode": codes}
+        found = {name: measured[f"quantize.{name} {bits} block=128 rotation=0"].wide_loads for name in loads}
+        assert found == loads, bits

@@ -1,9 +1,7 @@
 """The fused norm as operators of PyTorch: promises, the path on a CPU, compilation, autocast, mistakes."""
 
 import functools
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +11,10 @@ from torch import Tensor
 
 from dtrain.kernels import norm as module
 from dtrain.kernels import norm_launch
-from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.norm import add_norm, gated_add, norm
 from dtrain.kernels.serving import _serve
 from tests.kernels.attention_checks import draw, needs_triton
 from tests.kernels.norm_checks import EVERYTHING, assert_same, draw_given, draw_grads, evaluate, in_double
-from tests.launch import run_python
 
 OPS = torch.ops.dtrain
 NAMES = ("x", "branch", "gate", "weight", "bias", "scale", "shift")
@@ -268,18 +264,3 @@ def test_a_gpu_that_is_not_served_is_said_once(
         "norms take several passes: width 9000 is above 8192",
         "norms take several passes: torch.float64 is none of float16, bfloat16 and float32",
     ]
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, whose wheels are for Linux")
-def test_rows_are_copied_ahead_16_bytes_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the machine code for a GPU that is not there."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    report = tmp_path / "report.json"
-    run_python("-m", "dtrain.kernels.aot", norm_launch.__name__, "--arch", "sm_90", "--json", report)
-    cases = {case["name"]: case for case in json.loads(report.read_text())["cases"]}
-    assert {case["spills"] for case in cases.values()} == {0}
-    for width in (768, 1024, 1152, 1536, 2048, 3072):
-        for way, tensors in (("forward", 2), ("backward", 3)):
-            case = cases[f"norm.{way} add_norm D={width}"]
-            assert case["wide_loads"] >= 3 * tensors  # the first two rows of a program and one in its loop
-            assert case["shared_bytes"] >= 2 * tensors * width * 2  # two rows

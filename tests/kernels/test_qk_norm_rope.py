@@ -5,10 +5,8 @@ bf16 is left out: the interpreter multiplies its bit patterns.
 
 import functools
 import itertools
-import json
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +15,9 @@ from torch import Tensor
 
 from dtrain.kernels import qk_norm_rope as module
 from dtrain.kernels import qk_norm_rope_kernels, reference
-from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.qk_norm_rope import qk_norm_rope
 from dtrain.kernels.serving import _serve
 from tests.kernels.attention_checks import DEVICE, draw, needs_triton
-from tests.launch import run_python
 
 OPS = torch.ops.dtrain
 # Error over norm: one rounding.
@@ -353,24 +349,6 @@ def test_the_references_backward_is_autograds_and_keeps_dtypes(dtype: torch.dtyp
     assert [g.dtype for g in ours] == [dtype] * 2
     if dtype == torch.float64:
         torch.testing.assert_close(ours, torch.autograd.grad(out, (x, weight), grad))
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, whose wheels are for Linux")
-def test_every_load_takes_16_bytes_where_halves_of_heads_allow_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the machine code for a GPU that is not there: halves of rows, 4 loads of angles, 4 of weights."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    report = tmp_path / "report.json"
-    run_python("-m", "dtrain.kernels.aot", qk_norm_rope_kernels.__name__, "--arch", "sm_90", "--json", report)
-    cases = {case["name"]: case for case in json.loads(report.read_text())["cases"]}
-    rows = {"forward": 6, "backward": 10}
-    for (name, halves), values in itertools.product(rows.items(), (True, False)):
-        suffix = "" if values else " without values"
-        found = {d: cases[f"qk_norm_rope.{name} D={d}{suffix}"]["wide_loads"] for d in (64, 72, 96, 128)}
-        loads = halves - (0 if values else 2) + 4 + 4
-        assert found == {64: loads, 72: 2, 96: loads, 128: loads}  # of D = 72 the angles alone
-    assert {case["spills"] for case in cases.values()} == {0}
 
 
 @pytest.mark.gpu

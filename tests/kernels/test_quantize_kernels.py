@@ -4,22 +4,17 @@ bf16 can be read in the interpreter, but what is stored is cut instead of rounde
 """
 
 import itertools
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dtrain.kernels import aot, quantize_launch
-from dtrain.kernels.launch import HAS_TRITON
 from dtrain.kernels.payload import Format, parts, payload_bytes, residual_numel
 from dtrain.kernels.quantize import decode, decode_add, decode_sum, decode_sum_encode, encode
 from tests.kernels.attention_checks import DEVICE, needs_triton
 from tests.kernels.test_quantize import hadamard
-from tests.launch import run_python
 
 BITS = ("int8", "fp8", "int4")
 SIZES = [1, 63, 127, 129, 500, 8192 + 16]  # the last is a multiple of 16, and more than a program's
@@ -302,31 +297,6 @@ def test_a_tensor_in_pieces_is_the_whole() -> None:
         rows = slice(lo // 64, hi // 64)
         assert piece.codes.equal(whole.codes[rows])
         assert piece.scales.equal(whole.scales[rows])
-
-
-MEASURE = f"""
-import dataclasses, json, pathlib, sys
-from {aot.__name__} import measure
-from {quantize_launch.__name__} import aot_cases
-cases = [case for case in aot_cases() if case.arch == "sm_90" and case.name.endswith("rotation=0")]
-pathlib.Path(sys.argv[1]).write_text(json.dumps([dataclasses.asdict(measure(case)) for case in cases]))
-"""
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, whose wheels are for Linux")
-def test_loads_take_16_bytes_and_nothing_spills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the machine code for a GPU that is not there."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    report = tmp_path / "report.json"
-    run_python("-c", MEASURE, report)
-    cases = {case["name"]: case for case in json.loads(report.read_text())}
-    for bits, codes in (("int8", 2), ("fp8", 2), ("int4", 1)):
-        # A thread's 16 elements of each half: of fp32 in 4 loads, of codes in one, or both halves in one.
-        loads = {"encode": 2 * 4, "decode_sum": codes, "decode_sum_encode": codes}
-        assert {
-            name: cases[f"quantize.{name} {bits} block=128 rotation=0"]["wide_loads"] for name in loads
-        } == loads
-    assert {case["spills"] for case in cases.values()} == {0}
 
 
 @pytest.mark.gpu
