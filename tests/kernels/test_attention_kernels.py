@@ -50,10 +50,10 @@ MASKS = {
 @FORMS
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize(
-    ("queries", "keys"), [(1, 1), (63, 63), (127, 127), (129, 129), (1, 129), (130, 1), (64, 128), (500, 500)]
+    ("queries", "keys"), [(1, 1), (63, 63), (127, 127), (129, 129), (1, 129), (130, 1), (64, 128), (200, 200)]
 )
 def test_lengths(queries: int, keys: int, dtype: torch.dtype, kernels: Kernels) -> None:
-    qkv = draw_qkv(queries, keys, 64, dtype, heads=2 if queries < 500 else 1)
+    qkv = draw_qkv(queries, keys, 64, dtype, heads=2 if queries < 200 else 1)
     grads = draw_grads(qkv[0])
     assert_exact(kernels(qkv, grads), qkv, grads)
 
