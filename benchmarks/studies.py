@@ -1,7 +1,11 @@
-"""README tables of the benchmarks that are no cases: the limited link and kept accuracy.
+"""README tables of the benchmarks that are no cases: the limited link, kept accuracy, the memory ladder.
 
-Their result files lie in folders of their own, `results/link/link.json` and `results/accuracy/accuracy.json`,
-and fill the markers `benchmarks:link` and `benchmarks:accuracy` like a case's.
+Their result files lie in folders of their own and fill markers like a case's:
+
+    benchmarks:link               results/link/link.json
+    benchmarks:accuracy           results/accuracy/accuracy.json         communication of fewer bits
+    benchmarks:memory-accuracy    results/accuracy/memory/accuracy.json  memory of fewer bits
+    benchmarks:ladder             results/ladder/ladder.json
 """
 
 import re
@@ -11,11 +15,17 @@ from pathlib import Path
 from benchmarks.accuracy.study import Comparison, Study
 from benchmarks.accuracy.study import read as read_study
 from benchmarks.accuracy.variants import BASELINE
+from benchmarks.ladder.result import Ladder, Row
+from benchmarks.ladder.result import read as read_ladder
+from benchmarks.ladder.rungs import RUNGS
+from benchmarks.ladder.table import BASELINES as LADDER_BASELINES
+from benchmarks.ladder.table import worlds
+from benchmarks.ladder.workloads import WORKLOADS
 from benchmarks.link.rate import rate_name
 from benchmarks.link.result import LinkRun, VariantResult, read_run
 from benchmarks.link.table import break_even_words
 from benchmarks.link.workload import BASELINES
-from benchmarks.record import Measured
+from benchmarks.record import Measured, Origin
 from benchmarks.result import RESULTS
 
 __all__ = ["tables"]
@@ -26,8 +36,11 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     found = {}
     if (file := folder / "link" / "link.json").is_file():
         found["link"] = "\n".join(_link(read_run(file)))
-    if (file := folder / "accuracy" / "accuracy.json").is_file():
-        found["accuracy"] = "\n".join(_accuracy(read_study(file)))
+    for marker, place in (("accuracy", "accuracy"), ("memory-accuracy", "accuracy/memory")):
+        if (file := folder / place / "accuracy.json").is_file():
+            found[marker] = "\n".join(_accuracy(read_study(file)))
+    if (file := folder / "ladder" / "ladder.json").is_file():
+        found["ladder"] = "\n".join(_ladder(read_ladder(file)))
     return found
 
 
@@ -69,8 +82,9 @@ def _accuracy(study: Study) -> Iterator[str]:
     first = compared[0]
     yield from (_row(_cells(c, first.mean)) for c in compared)
     yield ""
+    compressed = f", {study.compressed:.1%} of them compressed" if study.compressed else ""
     notes = [
-        f"{study.parameters:,} parameters, {study.compressed:.1%} of them compressed. Loss of the fp32 "
+        f"{study.parameters:,} parameters{compressed}. Loss of the fp32 "
         f"masters; a seed is compared with the same seed of {BASELINE}, whose seeds have a range of "
         f"{first.baseline_range or 0:.5f} and a standard deviation of {first.baseline_std or 0:.5f}.",
         *(f"{name}: {outcome.fault}." for name, outcome in study.outcomes.items() if outcome.fault),
@@ -101,12 +115,59 @@ def _share(difference: float | None, whole: float | None) -> str:
     return _number(None if difference is None or not whole else difference / whole, "+.2%")
 
 
-def _notes(notes: Iterable[str], run: Measured) -> str:
+_HEADLINE = ("2b-33k", 8)
+_GIB = 2**30
+
+
+def _ladder(ladder: Ladder) -> Iterator[str]:
+    by_size = {(rows[0].workload, rows[0].world): {row.rung: row for row in rows} for rows in worlds(ladder)}
+    rungs = by_size[_HEADLINE]
+    title = f"{WORKLOADS[_HEADLINE[0]].title}, a GPU of {_HEADLINE[1]}"
+    yield _row([title, "GiB", *(f"of {base}" for base in LADDER_BASELINES), "step, of B4"])
+    yield _row(["---", *("---:" for _ in range(len(LADDER_BASELINES) + 2))])
+    for row in rungs.values():
+        label = f"{row.rung}: {RUNGS[row.rung].title}{' *' if RUNGS[row.rung].rounds else ''}"
+        shares = [f"{row.peak_bytes / rungs[base].peak_bytes:.0%}" for base in LADDER_BASELINES]
+        yield _row([label, f"{row.peak_bytes / _GIB:.1f}", *shares, f"{row.step_s / rungs['B4'].step_s:.2f}"])
+    yield ""
+    yield _row(["a GPU of 8, GiB", *LADDER_BASELINES, "least, exact", "of B2", "least *", "of B2"])
+    yield _row(["---", *("---:" for _ in range(len(LADDER_BASELINES) + 4))])
+    for (workload, world), rungs in by_size.items():
+        if world == _HEADLINE[1]:
+            yield _row([WORKLOADS[workload].title, *_ends(rungs, ladder)])
+    yield ""
+    notes = [
+        f"Planned for {ladder.gpu}, not measured; steps are estimates ({ladder.assumed}). "
+        "!: more than it has. *: numbers of fewer bits, see the study above."
+    ]
+    yield _notes(notes, ladder)
+
+
+def _ends(rungs: dict[str, Row], ladder: Ladder) -> Iterator[str]:
+    """The baselines of a workload and the lowest rungs, without and with rounding."""
+    for base in LADDER_BASELINES:
+        yield _gib(rungs[base], ladder)
+    for rounds in (False, True):
+        ours = [row for name, row in rungs.items() if RUNGS[name].rounds == rounds]
+        least = min(ours, key=lambda row: row.peak_bytes)
+        yield f"{_gib(least, ladder)} ({least.rung})"
+        yield f"**{least.peak_bytes / rungs['B2'].peak_bytes:.0%}**"
+
+
+def _gib(row: Row, ladder: Ladder) -> str:
+    return f"{row.peak_bytes / _GIB:.1f}" + (" !" if row.peak_bytes > ladder.memory_bytes else "")
+
+
+def _notes(notes: Iterable[str], run: Origin) -> str:
     state = f"commit {(run.commit or 'unknown')[:10]}{' with changes' if run.dirty else ''}"
     repeat = re.sub(r" --out \S+", "", run.command)  # where the file lay at first
     torch = f"torch {run.versions.get('torch')}"
-    machine = f"{run.device.count} × {run.device.name}, {torch}, {state}, {run.date[:10]}"
-    return "<sub>" + "<br>".join([*notes, f"{machine}; `{repeat}`"]) + "</sub>\n"
+    machine = f"{run.device.count} × {run.device.name}, " if isinstance(run, Measured) else ""
+    return (
+        "<sub>"
+        + "<br>".join([*notes, f"{machine}{torch}, {state}, {run.date[:10]}; `{repeat}`"])
+        + "</sub>\n"
+    )
 
 
 def _row(cells: Iterable[str]) -> str:
