@@ -7,11 +7,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
+import torch
+
 from benchmarks.environment import origin
 from benchmarks.ladder.planned import plan_peak, quiet
 from benchmarks.ladder.result import SCHEMA_VERSION, Gate, MeasuredLadder, MeasuredRow, Missing
 from benchmarks.ladder.rungs import RUNGS
-from benchmarks.ladder.worker import Answer, Workers
+from benchmarks.ladder.worker import Answer, Workers, describe
 from benchmarks.ladder.workloads import WORKLOADS, tiny
 from benchmarks.record import Device
 
@@ -29,7 +31,7 @@ class Wanted:
     Attributes:
         workloads, worlds, rungs: names, and numbers of GPUs.
         rehearse: tiny models on the CPU.
-        budget_s: no rung begins later.
+        budget_s: no rung begins later, nor if it would end later.
         jobs: processes that plan meanwhile.
     """
 
@@ -58,13 +60,16 @@ def measure(wanted: Wanted, argv: Sequence[str], note: Callable[[MeasuredLadder]
         argv: arguments of `python -m benchmarks.ladder`, for the record.
         note: is given what there is after every rung.
     """
+    if not (wanted.rehearse or torch.cuda.is_available()):
+        raise ValueError("--measure: there is no CUDA device; add --rehearse for tiny models on the CPU")
     # The CPU computes with PyTorch's references, not in the interpreter, whose products in bf16 are wrong.
     os.environ.pop("TRITON_INTERPRET", None)
     deadline = time.perf_counter() + wanted.budget_s
     with Workers() as workers:
-        found = workers.ask("describe", kind=wanted.kind)
+        # Where it is a GPU, a process that stays would keep a context on it.
+        found = describe("cpu") if wanted.rehearse else workers.ask("describe", kind=wanted.kind)
         if "failed" in found:
-            raise ValueError(f"--measure needs a CUDA device ({found['failed']}); or add --rehearse")
+            raise ValueError(f"--measure: the device cannot be described: {found['failed']}")
         whole = MeasuredLadder(
             kind="rehearsal" if wanted.rehearse else "measured",
             schema_version=SCHEMA_VERSION,
@@ -101,11 +106,14 @@ def _parts(wanted: Wanted, workers: Workers, plans: _Plans, deadline: float) -> 
             yield from gates
             yield from failure
         timed = bool(gates) and all(gate.passed for gate in gates)
+        longest = 0.0  # a rung that may not end in time does not begin
         for one in (one for one in wanted.all if one[0] == workload):
-            if time.perf_counter() < deadline:
+            begin = time.perf_counter()
+            if begin + longest < deadline:
                 yield _row(wanted, workers, plans[one], one, timed)
+                longest = max(longest, time.perf_counter() - begin)
             else:
-                yield Missing(*one, f"the {wanted.budget_s:.0f} s of the run were over", failed=False)
+                yield Missing(*one, f"the {wanted.budget_s:.0f} s of the run would not do", failed=False)
 
 
 def _gates(wanted: Wanted, workers: Workers, workload: str) -> tuple[list[Gate], list[Missing]]:

@@ -25,7 +25,7 @@ from benchmarks.memory import peak_bytes
 from dtrain.kernels.launch import arch_of
 from dtrain.plan.fake import alone
 
-__all__ = ["Workers"]
+__all__ = ["Answer", "Workers", "describe"]
 
 _STEPS = {"cuda": 3, "cpu": 1}  # timed
 _LONG_S = 10.0  # none begins when those before took longer

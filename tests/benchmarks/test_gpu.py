@@ -65,6 +65,10 @@ def test_the_rehearsal_goes_all_the_way_on_few_packages(
     ladder = read_measured(tmp_path / "ladder" / "ladder-measured.json")
     assert ladder.sound
     assert [(row.rung, len(row.steps_s)) for row in ladder.rows] == [("B1", 1), ("host", 1)]
+    for row in ladder.rows:
+        assert row.allocated_bytes == pytest.approx(row.planned_bytes, rel=0.1)
+    log = (tmp_path / "gpu.log").read_text()
+    assert all(words in log for words in ("Rehearsed", "rank 0 of 8", "Gates are green"))
     modelled = {"overlap.json", "scale.json", "plot.png"}
     assert {p.name for p in (tmp_path / "scale").iterdir()} == modelled
 

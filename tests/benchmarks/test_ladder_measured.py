@@ -1,5 +1,7 @@
 """The measured ladder: its gate, its rungs on the CPU, and what is said of a rung that cannot be measured."""
 
+import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,20 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import plain_dit
 from benchmarks.baselines.plain_dit import PlainDiT
-from benchmarks.ladder import measured, worker
+from benchmarks.environment import origin
+from benchmarks.ladder import worker
 from benchmarks.ladder.__main__ import main
 from benchmarks.ladder.gate import check
-from benchmarks.ladder.measured import Wanted, measure
+from benchmarks.ladder.measured import Wanted, _parts, _with
 from benchmarks.ladder.planned import plan_peak
-from benchmarks.ladder.result import MeasuredLadder, read_measured
+from benchmarks.ladder.result import MeasuredLadder
 from benchmarks.ladder.rungs import RUNGS
 from benchmarks.ladder.table import measured_table
 from benchmarks.ladder.training import start
+from benchmarks.ladder.worker import Answer, Workers
 from benchmarks.ladder.workloads import WORKLOADS, tiny
 from benchmarks.memory import peak_bytes
+from benchmarks.record import Device, write_record
 from dtrain.plan.fake import alone
 from dtrain.swap.attention import swap_attention
 from dtrain.swap.fusion import swap_fused
@@ -84,64 +89,48 @@ def _local(parameter: nn.Parameter) -> Tensor:
     return getattr(parameter, "_local_tensor", parameter)
 
 
-def test_command_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = ["--workloads", "xl2", "--worlds", "4", "--rungs", "B2"]
-    where = ["--measure", "--out", str(tmp_path)]
-    assert main([*where, "--rehearse", "--jobs", "1", *chosen]) == 0
-    text = capsys.readouterr().out
-    assert all(words in text for words in ("Rehearsed", "rank 0 of 4", "without", "Gates are green"))
-    ladder = read_measured(tmp_path / "ladder-measured.json")
-    [row] = ladder.rows
-    assert row.allocated_bytes == pytest.approx(row.planned_bytes, rel=0.1)
-    assert row.step_s
-    assert (tmp_path / "ladder-measured.png").stat().st_size > 10_000
-    assert main([*where, "--show"]) == 0
-    assert text.endswith(capsys.readouterr().out)
-
-
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     assert main(["--measure", "--out", str(tmp_path)]) == 2
-    assert "--measure needs a CUDA device" in capsys.readouterr().err
+    assert "--measure: there is no CUDA device" in capsys.readouterr().err
 
 
-class _Answers:
-    """Stands for `Workers`: what processes on a GPU would have answered."""
+class _Answers(Workers):
+    """What processes on a GPU would have answered."""
 
     def __init__(self, red: bool) -> None:
         self.red = red
 
-    def __enter__(self) -> "_Answers":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def ask(self, task: str, **arguments: Any) -> dict[str, Any]:
-        if task == "describe":
-            device = {"kind": "cuda", "name": "A GPU", "count": 1, "memory_bytes": 2**30}
-            return {"device": device, "arch": ""}
-        if task == "gate":
-            one = {"workload": "xl2", "rung": "B1", "loss_error": 0.0, "gradient_error": 0.1, "limit": 0.05}
-            return {"gates": [one | {"passed": not self.red}]}
-        answers: dict[str, dict[str, Any]] = {
+    def ask(self, task: str, **arguments: Any) -> Answer:
+        one = {"workload": "xl2", "rung": "B1", "loss_error": 0.0, "gradient_error": 0.1, "limit": 0.05}
+        answers: dict[str, Answer] = {
+            "gate": {"gates": [one | {"passed": not self.red}]},
             "B1": {"oom": "asked for 2.00 GiB beside 138.1 GiB"},
             "B2": {"allocated_bytes": 4 * 2**20, "reserved_bytes": 6 * 2**20, "steps_s": [3.0, 1.0, 2.0]},
             "B4": {"failed": "its process ended with exit code -9"},
         }
-        return answers[arguments["rung"]]
+        return answers[arguments["rung"] if task == "measure" else task]
+
+
+def ladder_of(red: bool, seconds: float) -> MeasuredLadder:
+    """Three rungs of a workload, with a budget of so many seconds."""
+    wanted = Wanted(["xl2"], [2], ["B1", "B2", "B4"], rehearse=False, budget_s=seconds, jobs=1)
+    plans: dict[Any, Future[tuple[int, int]]] = {one: Future() for one in wanted.all}
+    for plan in plans.values():
+        plan.set_result((5 * 2**20, 0))
+    device = Device("cuda", "A GPU", 1, 2**30)
+    whole = MeasuredLadder(
+        kind="measured", schema_version=1, device=device, rows=(), gates=(), missing=(), **origin("x", [])
+    )
+    for part in _parts(wanted, _Answers(red), plans, time.perf_counter() + seconds):
+        whole = _with(whole, part)
+    return whole
 
 
 @pytest.mark.parametrize("red", [False, True])
-def test_out_of_memory_is_a_row_and_a_red_gate_has_no_times(
-    red: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measured, "Workers", lambda: _Answers(red))
-    parts: list[MeasuredLadder] = []
-    wanted = Wanted(["xl2"], [2], ["B1", "B2", "B4"], rehearse=True, budget_s=100.0, jobs=1)
-    ladder = measure(wanted, [], parts.append)
-    assert parts[-1] == ladder
+def test_out_of_memory_is_a_row_and_a_red_gate_has_no_times(red: bool, tmp_path: Path) -> None:
+    ladder = ladder_of(red, seconds=100)
     assert [row.rung for row in ladder.rows] == ["B1", "B2"]
     assert ladder.rows[0].allocated_bytes is None
     assert ladder.rows[1].step_s == (None if red else 2.0)
@@ -150,17 +139,19 @@ def test_out_of_memory_is_a_row_and_a_red_gate_has_no_times(
     text = measured_table(ladder)
     assert "B1: out of memory, asked for 2.00 GiB beside 138.1 GiB" in text
     assert "FAILED: xl2 B4 on 2: its process ended with exit code -9" in text
+    assert "1.250" in text  # planned / allocated
     assert ("RED GATE, no times: xl2 B1" in text) == red
     assert ("2.000 s" in text) == (not red)
+    write_record(ladder, tmp_path / "ladder-measured.json")
+    assert main(["--measure", "--show", "--out", str(tmp_path)]) == 1
+    assert (tmp_path / "ladder-measured.png").stat().st_size > 10_000
 
 
-def test_what_has_no_time_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "Workers", lambda: _Answers(red=False))
-    wanted = Wanted(["xl2"], [2], ["B1"], rehearse=True, budget_s=0.0, jobs=1)
-    ladder = measure(wanted, [], lambda _: None)
+def test_what_has_no_time_is_left_out_by_name() -> None:
+    ladder = ladder_of(red=False, seconds=0)
     assert not ladder.rows
     assert ladder.sound
-    assert "left out: xl2 B1 on 2: the 0 s of the run were over" in measured_table(ladder)
+    assert "left out: xl2 B1 on 2: the 0 s of the run would not do" in measured_table(ladder)
 
 
 def test_a_worker_tells_memory_from_faults(monkeypatch: pytest.MonkeyPatch) -> None:
