@@ -22,7 +22,7 @@ demo: $(VENV)/.clips ## train a small video model on real clips and show what it
 	$(RUN) -m uvit.demo $(if $(RANKS),--ranks $(RANKS))
 
 test: install lint types ## ruff, mypy and every test that needs no GPU
-	$(RUN) -m pytest --ignore tests/kernels
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/kernels
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto tests/kernels
 
 lint: install

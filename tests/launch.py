@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_python(
-    *arguments: str | Path, check: bool = True, timeout_s: float = 240
+    *arguments: str | Path, check: bool = True, timeout_s: float = 480
 ) -> subprocess.CompletedProcess[str]:
     """Run `python *arguments` in a process of its own, from an uninstalled clone's point of view."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
