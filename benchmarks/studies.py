@@ -120,7 +120,8 @@ _GIB = 2**30
 
 
 def _ladder(ladder: Ladder) -> Iterator[str]:
-    by_size = {(rows[0].workload, rows[0].world): {row.rung: row for row in rows} for rows in worlds(ladder.rows)}
+    found = [{row.rung: row for row in rows} for rows in worlds(ladder.rows)]
+    by_size = {(rungs["B1"].workload, rungs["B1"].world): rungs for rungs in found}
     rungs = by_size[_HEADLINE]
     title = f"{WORKLOADS[_HEADLINE[0]].title}, a GPU of {_HEADLINE[1]}"
     yield _row([title, "GiB", *(f"of {base}" for base in LADDER_BASELINES), "step, of B4"])
