@@ -163,6 +163,23 @@ def export(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A run, its checkpoints, or one of them.")],
+) -> None:
+    """Say which checkpoints are as they were written; exit status 1 if one is not.
+
+    python -m dtrain verify runs/demo
+    """
+    from dtrain.checkpoint.verify import verify as check
+    from dtrain.describe import show_rows
+
+    with _reported(FileNotFoundError):
+        rows, intact = check(folder)
+    show_rows(str(folder), rows)
+    raise typer.Exit(0 if intact else 1)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: versions, devices, and two ranks that talk to each other."""
     from dtrain.doctor import examine, show

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dtrain.faults.signals import ignore_stop_signals
 from dtrain.recipe import Batch, DataState
 
 
@@ -75,7 +76,7 @@ def loader(
         persistent_workers=False,
         # A fork would copy locks that gloo's, NCCL's and the decoder's threads may hold at that moment.
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_begin_worker if workers else None,
     )
 
 
@@ -89,5 +90,6 @@ class _EndlessDataset(Dataset[dict[str, Any]]):
         return self.dataset[index]
 
 
-def _one_thread(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    ignore_stop_signals()

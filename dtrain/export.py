@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from dtrain.checkpoint import find_checkpoint, read_progress
+from dtrain.checkpoint.storage import Reader
 
 
 def read_weights(checkpoint: Path, ema: bool = True) -> dict[str, Tensor]:
@@ -26,20 +25,20 @@ def read_weights(checkpoint: Path, ema: bool = True) -> dict[str, Tensor]:
     Raises:
         ValueError: averages were asked for and the run kept none.
     """
-    kinds = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    reader = Reader(checkpoint)
+    kinds = reader.tensors()
     kind = "ema" if ema else "model"
     wanted = {name: meta for name, meta in kinds.items() if name.split(".")[0] in ("model", kind)}
     if not any(name.startswith(f"{kind}.") for name in wanted):
         raise ValueError(f"{checkpoint} holds no EMA weights (ema.enabled was false): export with --no-ema.")
     full: dict[str, dict[str, Tensor]] = {"model": {}, kind: {}}
     for name, meta in wanted.items():
-        if isinstance(meta, TensorStorageMetadata):
-            section, _, parameter = name.partition(".")
-            full[section][parameter] = torch.empty(meta.size, dtype=meta.properties.dtype)
+        section, _, parameter = name.partition(".")
+        full[section][parameter] = torch.empty(meta.size, dtype=meta.properties.dtype)
     with warnings.catch_warnings():
         # PyTorch warns that it reads in one process, which is what no_dist asks for.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(full, checkpoint_id=checkpoint, no_dist=True)
+        load(full, storage_reader=reader, no_dist=True)
     return full["model"] | full[kind]
 
 

@@ -19,13 +19,16 @@ from dtrain.checkpoint import (
     Checkpointer,
     Progress,
     TrainingState,
+    check_resume,
+    choose_checkpoint,
     read_progress,
-    resume_folder,
 )
 from dtrain.comm import attached
 from dtrain.config import RunConfig, build_recipe, check_world, to_toml
 from dtrain.dist import World, environment_world_size, process_group
 from dtrain.ema import EMA
+from dtrain.faults.agreement import Agreement
+from dtrain.faults.signals import StopSignals
 from dtrain.flops import training_flops
 from dtrain.memory import MemoryReport
 from dtrain.mesh import build_mesh, mean_over
@@ -50,7 +53,7 @@ def train(config: RunConfig) -> None:
     """
     check_world(config, environment_world_size())
     recipe = build_recipe(config)
-    resume_folder(config.checkpoint, config.run_dir / "checkpoints")
+    check_resume(config.checkpoint, config.run_dir / "checkpoints")
     if recipe.fingerprint:
         recipe.fingerprint(config.seed)  # opens the data, which may be missing
     with process_group(config.train.timeout_s) as world:
@@ -89,8 +92,15 @@ class Trainer:
         )
         # Saving runs collectives on a background thread, which needs a group of its own.
         self.checkpointer = Checkpointer(
-            config.run_dir / "checkpoints", config.checkpoint, dist.new_group(backend="gloo"), world.is_main
+            config.run_dir / "checkpoints",
+            config.checkpoint,
+            dist.new_group(backend="gloo"),
+            world.is_main,
+            to_toml(config),
         )
+        self.agreement = Agreement(dist.new_group(backend="gloo"))
+        self.signals = StopSignals()
+        self._stopped = False
         self.skipped: set[tuple[str, str]] = set()
         self.fingerprint = self._agreed_fingerprint()
         self.progress = self._resume()
@@ -102,15 +112,20 @@ class Trainer:
         if self.world.is_main:
             self._write_config()
         preset = self.comm.preset if self.comm else "none"
-        with self._open_log() as log, MemoryReport(self.config, self.world, preset) as memory:
+        with (
+            self.signals,
+            self._open_log() as log,
+            MemoryReport(self.config, self.world, preset) as memory,
+        ):
             self._say_start(log)
             batches = iter(self._data())
-            for step in range(self.progress.step, total):
-                self._step(step, self._next(batches), log)
+            while self.progress.step < total and not self._stopped:
+                self._step(self.progress.step, self._next(batches), log)
                 with log.untimed():
                     memory.poll(log)
-                    self._after_step(step + 1, log)
-            self.checkpointer.wait()
+                    self._after_step(self.progress.step, log)
+            self.agreement.finish()
+            self.checkpointer.close()
             self._gather_skipped(log)
             memory.finish(log)
         if self.world.is_main:
@@ -174,12 +189,17 @@ class Trainer:
 
     def _after_step(self, step: int, log: NullLog) -> None:
         config, last = self.config, step == self.config.train.steps
-        self.checkpointer.poll()
-        if last or step % config.checkpoint.every == 0:
+        known = self.agreement.exchange(self.signals.asked is not None, self.checkpointer.written)
+        if known.written:
+            self.checkpointer.wait()
+        self._stopped = known.stop and not last
+        if last or self._stopped or self.checkpointer.due(step):
             self.checkpointer.save(self.state, self.progress)
         every = config.train.sample_every
-        if every and (last or step % every == 0):
+        if every and not self._stopped and (last or step % every == 0):
             self._sample(step, log)
+        if self._stopped:
+            log.note(f"stopped after step {step} as {self.signals.asked or 'another rank'} asked: saving")
 
     def _sample(self, step: int, log: NullLog) -> None:
         """Generate clips from the averaged weights on all ranks; rank 0 writes and scores them."""
@@ -205,22 +225,19 @@ class Trainer:
         return iter(self.recipe.data(world.rank, world.size, state))
 
     def _resume(self) -> Progress:
-        """Load the checkpoint that the config selects, chosen by rank 0 for all."""
-        choice = [
-            resume_folder(self.config.checkpoint, self.checkpointer.folder) if self.world.is_main else None
-        ]
-        dist.broadcast_object_list(choice)
-        if choice[0] is None:
+        """Load the checkpoint that the config selects."""
+        chosen = choose_checkpoint(self.config.checkpoint, self.checkpointer.folder)
+        if chosen is None:
             return Progress(0, 0, self.config.seed, self.world.size, self.fingerprint)
-        progress = read_progress(choice[0])
+        progress = read_progress(chosen)
         if progress.seed != self.config.seed:
             raise ValueError(
-                f"seed = {self.config.seed}, but {choice[0]} was trained with seed {progress.seed}, which "
+                f"seed = {self.config.seed}, but {chosen} was trained with seed {progress.seed}, which "
                 f"decides its data order and noise: set seed = {progress.seed}, or start a new run."
             )
-        self.state.load(choice[0])
+        self.state.load(chosen)
         if progress.fingerprint != self.fingerprint and self.world.is_main:
-            logger.warning("the data has changed since %s was written: samples will differ", choice[0])
+            logger.warning("the data has changed since %s was written: samples will differ", chosen)
         return progress
 
     def _agreed_fingerprint(self) -> str:

@@ -1,21 +1,28 @@
-"""Reading whole checkpoints, to compare runs bit by bit."""
+"""Writing and reading whole checkpoints, to compare runs bit by bit."""
 
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from dtrain.checkpoint import TrainingState
+from dtrain.checkpoint.storage import Reader, Writer
+
+
+def write_state(state: TrainingState, folder: Path) -> None:
+    """All of a state, now; all ranks call it."""
+    save(state.tensors(), storage_writer=Writer(folder))
 
 
 def all_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint: weights, optimizer state, averages."""
-    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    assert all(isinstance(entry, TensorStorageMetadata) for entry in metadata.values())
+    reader = Reader(checkpoint)
+    metadata = reader.tensors()
     tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(tensors, checkpoint_id=checkpoint, no_dist=True)
+        load(tensors, storage_reader=reader, no_dist=True)
     return tensors

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,6 +22,7 @@ from dtrain.checkpoint import TrainingState
 from dtrain.dist import process_group
 from dtrain.ema import EMA, EMAConfig
 from dtrain.mesh import MeshConfig, build_mesh
+from tests.checkpoints import write_state
 
 STEPS, HALF = 6, 3
 
@@ -77,7 +77,7 @@ def main(out: str, checkpoint: str, mode: str, *replicates: str) -> None:
             take(model, optimizer, ema, range(HALF))
             results[f"half-{replicate}"] = gathered(state)
             if mode == "save" and replicate == 1:
-                save(state.tensors(), checkpoint_id=checkpoint)
+                write_state(state, checkpoint)
             take(model, optimizer, ema, range(HALF, STEPS))
             results[f"end-{replicate}"] = gathered(state)
         if mode == "load":

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -24,6 +23,7 @@ from dtrain.dist import process_group
 from dtrain.ema import EMA, EMAConfig
 from dtrain.norm import gradient_norm
 from dtrain.optim import OptimConfig, build_optimizer
+from tests.checkpoints import write_state
 from tests.dtrain import odd_model
 from tests.dtrain.odd_model import digest, inputs, loss_of
 
@@ -308,7 +308,7 @@ def resume(preset: str, *, folder: str = "", first: int = 1, **options: Any) -> 
     losses, references = [], {}
     for step in range(0 if first else 3, 6):
         if step == 3 and first:
-            dcp.save(run.state().tensors(), checkpoint_id=folder)
+            write_state(run.state(), Path(folder))
         elif step == 3:
             run.state().load(Path(folder))
         if step == 3:

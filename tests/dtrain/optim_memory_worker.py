@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,6 +30,7 @@ from dtrain.local import local_part
 from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.placement import placement
 from dtrain.precision import convert_weights
+from tests.checkpoints import write_state
 from tests.dtrain import odd_model
 from tests.dtrain.adamw_worker import drawn, gathered
 from tests.dtrain.tiny_dit import TinyDiT
@@ -85,14 +85,14 @@ def resharding(mesh: DeviceMesh, checkpoints: Path) -> dict[str, Any]:
     run.take(range(HALF))
     found["half"] = gathered(run.state)
     if mesh.size() == 4:
-        save(run.state.tensors(), checkpoint_id=checkpoints / "4")
+        write_state(run.state, checkpoints / "4")
     run.take(range(HALF, STEPS))
     found["end"] = gathered(run.state)
     resumed = Run(mesh)
     resumed.state.load(checkpoints / ("2" if mesh.size() == 1 else "4"))
     found["loaded"] = gathered(resumed.state)
     if mesh.size() == 2:
-        save(resumed.state.tensors(), checkpoint_id=checkpoints / "2")
+        write_state(resumed.state, checkpoints / "2")
     resumed.take(range(HALF, STEPS))
     found["loaded-end"] = gathered(resumed.state)
     return found

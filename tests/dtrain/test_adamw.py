@@ -16,8 +16,8 @@ from dtrain.adamw import AdamW, Moments, has_codes
 from dtrain.checkpoint import TrainingState
 from dtrain.dryrun import state_bytes
 from dtrain.ema import EMA, EMAConfig
-from dtrain.kernels.adamw_reference import decode_first, decode_second
 from dtrain.optim import OptimConfig, build_optimizer
+from tests.checkpoints import write_state
 from tests.launch import ROOT, run_python, torchrun
 
 WORKER = ROOT / "tests" / "dtrain" / "adamw_worker.py"
@@ -204,10 +204,8 @@ def test_moments_of_another_kind_are_refused() -> None:
 
 @pytest.mark.usefixtures("single_process_group")
 def test_a_checkpoint_with_other_moments_is_refused(tmp_path: Path) -> None:
-    from torch.distributed.checkpoint import save
-
     model = network()
-    save(TrainingState(model, AdamW(model.parameters()), None).tensors(), checkpoint_id=tmp_path)
+    write_state(TrainingState(model, AdamW(model.parameters()), None), tmp_path)
     state = TrainingState(model, AdamW(model.parameters(), moments="8bit"), None)
     with pytest.raises(ValueError, match=r'optim.moments = "8bit", but .* has moments of another kind'):
         state.load(tmp_path)
@@ -226,39 +224,6 @@ def test_codes_of_parameters_sharded_along_other_dims_are_refused() -> None:
     parameter.grad = torch.ones_like(parameter)
     with pytest.raises(ValueError, match=r"placed as .*must be Shard along one dim, or Replicate\(\)"):
         AdamW([parameter]).step()
-
-
-@pytest.mark.usefixtures("single_process_group")
-def test_codes_of_one_row_in_an_old_checkpoint_are_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from torch.distributed.checkpoint import save
-
-    def begun(steps: int) -> tuple[AdamW, TrainingState]:
-        torch.manual_seed(steps)
-        model = nn.Sequential(nn.Linear(128, 64, bias=False))
-        model.table = nn.Parameter(torch.randn(1, 41, 130))  # no whole number of blocks
-        optimizer = AdamW(model.parameters(), moments="8bit")
-        for step in range(steps):
-            set_gradients(model, step)
-            optimizer.step()
-        return optimizer, TrainingState(model, optimizer, None)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("dtrain.adamw.has_codes", lambda parameter, _: parameter.numel() >= 4096)
-        optimizer, old = begun(2)
-    save(old.tensors(), checkpoint_id=tmp_path)
-    resumed, new = begun(3)
-    new.load(tmp_path)
-    (coded, weight), (table, other) = (list(o.state.values()) for o in (optimizer, resumed))
-    assert table.keys() == {"step", "exp_avg", "exp_avg_sq"}
-    assert table["step"] == 2
-    for name, decode in (("exp_avg", decode_first), ("exp_avg_sq", decode_second)):
-        blocks = nn.functional.pad(coded[f"{name}_codes"].view(1, -1), (0, 46)).view(1, 42, 128)
-        whole = decode(blocks, coded[f"{name}_scale"]).view(-1)
-        assert table[name].count_nonzero() > 5000
-        assert table[name].equal(whole[:5330].view(1, 41, 130))
-    assert weight["exp_avg_codes"].equal(other["exp_avg_codes"])
 
 
 def test_the_plan_counts_the_bytes_of_the_state() -> None:

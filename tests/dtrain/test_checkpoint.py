@@ -12,9 +12,10 @@ from dtrain.checkpoint import (
     Checkpointer,
     Progress,
     TrainingState,
+    check_resume,
+    choose_checkpoint,
     find_checkpoint,
     read_progress,
-    resume_folder,
     step_folders,
 )
 from dtrain.ema import EMA, EMAConfig
@@ -86,12 +87,14 @@ def test_the_last_few_are_kept(tmp_path: Path, single_process_group: None) -> No
         find_checkpoint(tmp_path, 1)
 
 
-def test_poll_finishes_what_is_written(tmp_path: Path, single_process_group: None) -> None:
+def test_a_rank_knows_when_its_part_is_written(tmp_path: Path, single_process_group: None) -> None:
     saver = checkpointer(tmp_path)
     saver.save(training_state(0), progress(1))
     assert saver._pending is not None
     saver._pending[0].result()
-    saver.poll()
+    assert saver.written
+    saver.wait()
+    assert not saver.writing
     assert [path.name for path in step_folders(tmp_path)] == ["step-00000001"]
 
 
@@ -105,15 +108,19 @@ def test_weights_without_averages(tmp_path: Path, single_process_group: None) ->
         read_weights(tmp_path / "step-00000001", ema=True)
 
 
+@pytest.mark.usefixtures("single_process_group")
 def test_where_a_run_resumes(tmp_path: Path) -> None:
-    assert resume_folder(CheckpointConfig(), tmp_path) is None
-    assert resume_folder(CheckpointConfig(resume="never"), tmp_path) is None
-    with pytest.raises(ValueError, match="no whole checkpoint is there"):
-        resume_folder(CheckpointConfig(resume=str(tmp_path / "absent")), tmp_path)
+    assert choose_checkpoint(CheckpointConfig(), tmp_path) is None
+    assert choose_checkpoint(CheckpointConfig(resume="never"), tmp_path) is None
+    with pytest.raises(ValueError, match="no checkpoint is there"):
+        check_resume(CheckpointConfig(resume=str(tmp_path / "absent")), tmp_path)
+    state, saver = training_state(0), checkpointer(tmp_path)
     for step in (5, 12):
-        (tmp_path / f"step-{step:08d}").mkdir()
-        (tmp_path / f"step-{step:08d}" / "progress.json").write_text("{}")
-    (tmp_path / "step-00000020").mkdir()  # nothing in it
-    assert resume_folder(CheckpointConfig(), tmp_path) == tmp_path / "step-00000012"
+        saver.save(state, progress(step))
+    saver.close()
+    (tmp_path / "partial-00000020").mkdir()
+    assert choose_checkpoint(CheckpointConfig(), tmp_path) == tmp_path / "step-00000012"
     older = tmp_path / "step-00000005"
-    assert resume_folder(CheckpointConfig(resume=str(older)), tmp_path) == older
+    assert choose_checkpoint(CheckpointConfig(resume=str(older)), tmp_path) == older
+    with pytest.raises(ValueError, match="already holds step-00000012"):
+        check_resume(CheckpointConfig(resume="never"), tmp_path)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import save
 from torch.distributed.tensor import DTensor
 
 from dtrain import ema as ema_module
@@ -22,6 +21,7 @@ from dtrain.optim import OptimConfig, build_optimizer
 from dtrain.parallelize import ParallelConfig, parallelize
 from dtrain.precision import DTYPES, Precision, convert_weights
 from dtrain.shard import ShardConfig
+from tests.checkpoints import write_state
 from tests.dtrain.tiny_dit import TinyDiT
 from tests.launch import ROOT, run_python, torchrun
 
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_another_precision_is_converted_and_said(
     theirs: Precision, ours: Precision, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved = training_state(theirs, theirs)
-    save(saved.tensors(), checkpoint_id=tmp_path)
+    write_state(saved, tmp_path)
     state = training_state(ours, ours, seed=1)
     with caplog.at_level(logging.WARNING, "dtrain"):
         state.load(tmp_path)
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_precision_is_converted_and_said(
         assert all(local(after[name]).equal(local(before[name]).to(DTYPES[ours])) for name in after)
     how = "rounded to nearest, once" if ours == "bf16" else "taken exactly"
     fields = ("optim.weights", "ema.dtype") if theirs != ours else ()
-    said = [record.getMessage() for record in caplog.records if record.name == "dtrain.checkpoint"]
+    said = [record.getMessage() for record in caplog.records if record.name == "dtrain.checkpoint.state"]
     assert said == [f'{field} = "{ours}": what {tmp_path} has in {theirs} is {how}.' for field in fields]
 
 
