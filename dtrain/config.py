@@ -22,6 +22,7 @@ from dtrain.activations.policy import ActivationConfig
 from dtrain.checkpoint import CheckpointConfig
 from dtrain.comm import CommConfig
 from dtrain.ema import EMAConfig
+from dtrain.faults.config import FaultConfig
 from dtrain.mesh import MeshConfig
 from dtrain.metrics import MetricsConfig
 from dtrain.optim import OptimConfig
@@ -69,6 +70,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     recipe_config: Any = None
     """What the recipe's factory takes: its tables, validated. None when it takes nothing."""
@@ -76,6 +78,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed = {self.seed}: must be 0 or more.")
+        if self.faults.hang_s >= self.train.timeout_s:
+            raise ValueError(
+                f"faults.hang_s = {self.faults.hang_s}: must be less than train.timeout_s = "
+                f"{self.train.timeout_s}, after which collectives fail without a word about who hangs."
+            )
         if not self.name:
             raise ValueError('name = "": a run needs a name, its folder is output/name.')
 

@@ -55,6 +55,7 @@ def process_group(timeout_s: float = 600.0) -> Iterator[World]:
     Args:
         timeout_s: how long a collective may wait for its peers before it fails.
     """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder, see dtrain.faults.watchdog
     device = _local_device()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)

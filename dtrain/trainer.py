@@ -29,6 +29,7 @@ from dtrain.dist import World, environment_world_size, process_group
 from dtrain.ema import EMA
 from dtrain.faults.agreement import Agreement
 from dtrain.faults.signals import StopSignals
+from dtrain.faults.watchdog import Watchdog
 from dtrain.flops import training_flops
 from dtrain.memory import MemoryReport
 from dtrain.mesh import build_mesh, mean_over
@@ -114,16 +115,23 @@ class Trainer:
         preset = self.comm.preset if self.comm else "none"
         with (
             self.signals,
+            Watchdog(self.world, self.config.faults.hang_s, self.config.run_dir) as self.watchdog,
             self._open_log() as log,
             MemoryReport(self.config, self.world, preset) as memory,
         ):
             self._say_start(log)
-            batches = iter(self._data())
+            batches, begun = iter(self._data()), self.progress.step + 1
             while self.progress.step < total and not self._stopped:
-                self._step(self.progress.step, self._next(batches), log)
+                number = self.progress.step + 1
+                patience_s = None if number > begun else 0.9 * self.config.train.timeout_s
+                self.watchdog.at(number, "waits for data", patience_s)
+                taken = self._next(batches)
+                self.watchdog.at(number, "forward and backward", patience_s)
+                self._step(number - 1, taken, log)
                 with log.untimed():
                     memory.poll(log)
-                    self._after_step(self.progress.step, log)
+                    self._after_step(number, log)
+            self.watchdog.at(self.progress.step, "ends", 0.9 * self.config.train.timeout_s)
             self.agreement.finish()
             self.checkpointer.close()
             self._gather_skipped(log)
@@ -194,9 +202,11 @@ class Trainer:
             self.checkpointer.wait()
         self._stopped = known.stop and not last
         if last or self._stopped or self.checkpointer.due(step):
+            self.watchdog.at(step, "saving")
             self.checkpointer.save(self.state, self.progress)
         every = config.train.sample_every
         if every and not self._stopped and (last or step % every == 0):
+            self.watchdog.at(step, "sampling", 0.9 * config.train.timeout_s)
             self._sample(step, log)
         if self._stopped:
             log.note(f"stopped after step {step} as {self.signals.asked or 'another rank'} asked: saving")
