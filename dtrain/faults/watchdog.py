@@ -3,7 +3,7 @@
 Where a rank makes no progress for a while, so do all: they wait for it. A thread on each then tells the
 others, through the store of the process group, where its rank is, and the lowest rank that still speaks says
 who is behind: who gives no sign at all, or has begun fewer collectives than the others. Then all end with
-exit status 75, and torchrun starts them again (`--max-restarts`) or ends the job, instead of waiting for ever.
+exit status 75, and torchrun starts them again (`--max-restarts`) or ends the job: nobody waits for ever.
 
 Collectives are those of PyTorch's flight recorder.
 Source: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
