@@ -4,7 +4,11 @@ A run's data is one endless stream of global sample indices 0, 1, 2, …; what i
 which epoch) is the dataset's business. Position is a single integer, so data resumes exactly, on any world.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +16,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.faults.signals import ignore_stop_signals
 from dtrain.recipe import Batch, DataState
+
+__all__ = [
+    "IndexedDataset", "RestartingLoader",
+    "epoch_of", "index_at", "leave_out", "loader", "micro_batch_indices",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+Ranges = tuple[tuple[int, int], ...]
 
 
 class IndexedDataset(Protocol):
@@ -30,8 +43,29 @@ def micro_batch_indices(rank: int, world: int, state: DataState) -> Iterator[lis
     """
     start = state.sample + rank * state.micro_batch
     while True:
-        yield list(range(start, start + state.micro_batch))
+        yield [index_at(place, state.left_out) for place in range(start, start + state.micro_batch)]
         start += world * state.micro_batch
+
+
+def index_at(place: int, left_out: Ranges) -> int:
+    """The global sample index at a place of the stream; see `DataState`."""
+    for start, stop in left_out:
+        if place < start:
+            break
+        place += stop - start
+    return place
+
+
+def leave_out(left_out: Ranges, first: int, last: int) -> Ranges:
+    """Leave out what lies between two indices, both included, as well."""
+    start, stop = first, last + 1
+    apart = []
+    for other in left_out:
+        if other[1] < start or stop < other[0]:
+            apart.append(other)
+        else:
+            start, stop = min(start, other[0]), max(stop, other[1])
+    return tuple(sorted([*apart, (start, stop)]))
 
 
 def epoch_of(index: int, length: int) -> tuple[int, int]:
@@ -56,8 +90,12 @@ def loader(
     workers: int,
     collate: Callable[[list[dict[str, Any]]], Batch],
     prefetch: int = 2,
-) -> DataLoader[Batch]:
+    stall_s: float = 300.0,
+    restarts: int = 3,
+) -> "RestartingLoader":
     """Read micro-batches of `dataset` in worker processes, in order and ahead of the training step.
+
+    Workers that die, or give nothing for `stall_s`, are started again where they stood; no sample is lost.
 
     Args:
         dataset: picklable, reads one sample per global index; must not touch CUDA.
@@ -65,19 +103,103 @@ def loader(
         workers: worker processes; 0 reads in the calling process.
         collate: makes a batch of B samples.
         prefetch: micro-batches each worker keeps ready.
+        stall_s: after which a worker that gives no batch is taken for hung.
+        restarts: for one micro-batch, before that is an error.
     """
-    return DataLoader(
-        _EndlessDataset(dataset),
-        batch_sampler=_IndexSampler(rank, world, state),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=state.device.startswith("cuda"),
-        prefetch_factor=prefetch if workers else None,
-        persistent_workers=False,
-        # A fork would copy locks that gloo's, NCCL's and the decoder's threads may hold at that moment.
-        multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_begin_worker if workers else None,
-    )
+
+    def start(state: DataState) -> DataLoader[Batch]:
+        return DataLoader(
+            _EndlessDataset(dataset),
+            batch_sampler=_IndexSampler(rank, world, state),
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=state.device.startswith("cuda"),
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=False,
+            # A fork would copy locks that gloo's, NCCL's and the decoder's threads may hold at that moment.
+            multiprocessing_context="forkserver" if workers else None,
+            worker_init_fn=_begin_worker if workers else None,
+            timeout=stall_s if workers else 0,
+        )
+
+    return RestartingLoader(start, rank, world, state, restarts)
+
+
+class RestartingLoader(Iterable[Batch]):
+    """Micro-batches of a loader whose workers may die.
+
+    Args:
+        start: makes the loader of what comes from a state on.
+        rank, world, state: see `loader`.
+        restarts: for one micro-batch, before that is an error.
+    Attributes:
+        restarted: how often workers were started again.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[DataState], Iterable[Batch]],
+        rank: int,
+        world: int,
+        state: DataState,
+        restarts: int,
+    ) -> None:
+        self._start, self._rank, self._world, self._state = start, rank, world, state
+        self._most = restarts
+        self.restarted = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        state, tries = self._state, 0
+        batches = _Workers(self._start(state))
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not _is_of_workers(error):
+                    raise
+                batches.kill()
+                tries += 1
+                self._say(error, next(micro_batch_indices(self._rank, self._world, state)), tries)
+                self.restarted += 1
+                batches = _Workers(self._start(state))
+                continue
+            state, tries = replace(state, sample=state.sample + self._world * state.micro_batch), 0
+            yield batch
+
+    def _say(self, error: RuntimeError, samples: Sequence[int], tries: int) -> None:
+        what = f"rank {self._rank}: data workers failed before samples {samples[0]} to {samples[-1]}: {error}"
+        if tries > self._most:
+            raise RuntimeError(f"{what}, {tries} times: one of these samples kills or stalls its reader")
+        # An error, though it is mended: of other ranks than the first nothing else is heard.
+        log.error("%s; they are started again (%d of %d)", what, tries, self._most)
+
+
+class _Workers(Iterator[Batch]):
+    """A loader's iterator, and its processes."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        before = set(multiprocessing.active_children())
+        # PyTorch's handler would raise in the middle of a step; a dead worker is seen at the next batch too.
+        handler = signal.getsignal(signal.SIGCHLD)
+        self._batches = iter(batches)
+        if handler is not None and multiprocessing.current_process().name == "MainProcess":
+            signal.signal(signal.SIGCHLD, handler)
+        self._processes = set(multiprocessing.active_children()) - before
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def kill(self) -> None:
+        """They are told to ignore gentler signals."""
+        for process in self._processes:
+            process.kill()
+
+
+def _is_of_workers(error: RuntimeError) -> bool:
+    """Whether PyTorch says that a worker is gone or gives nothing, not what one of them raised."""
+    return str(error).startswith(("DataLoader worker (pid", "DataLoader timed out"))
 
 
 class _EndlessDataset(Dataset[dict[str, Any]]):

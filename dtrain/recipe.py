@@ -27,15 +27,18 @@ class DataState:
 
     The stream is cut into micro-steps of `world * micro_batch` samples; rank r reads the r-th run of
     `micro_batch` of each. The position alone decides what is read, so a run may resume on another world.
+    Place n of the stream is index n, unless indices are left out.
     """
 
     seed: int
     sample: int
-    """First global sample index that has not been trained on yet."""
+    """Samples trained on: place in the stream of the next one."""
     micro_batch: int
     """Samples per rank and micro-step."""
     device: str = "cpu"
     """Where the batches will be moved to: pinned memory is worth it for CUDA."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Ranges [start, stop) of indices that the stream passes over, apart and by rising start."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One optimizer step: micro-batches, gradients averaged over ranks, and one pass that clips and updates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -66,6 +66,8 @@ class StepResult(NamedTuple):
     """Mean over this rank's samples of the step, fp32 scalar."""
     grad_norm: Tensor
     """Global gradient norm before clipping, fp32 scalar."""
+    losses: Tensor
+    """Of this rank's micro-batches (M,), fp32."""
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def accumulate_gradients(
 ) -> Tensor:
     """Forward and backward over the micro-batches of one step.
 
-    Gradients end up averaged over micro-batches and ranks. Returns this rank's mean loss.
+    Gradients end up averaged over micro-batches and ranks. Returns this rank's mean losses, one of each.
 
     Args:
         model: sharded or not.
@@ -97,16 +99,16 @@ def accumulate_gradients(
         device: where to compute.
         reduce_each: reduce gradients over ranks after each micro-batch, not only after the last.
     """
-    total = torch.zeros((), device=device)
+    losses = []
     for number, batch in enumerate(batches, start=1):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(reduce_each or number == len(batches))
         index = batch["index"]
         seed_everything(seed, "model", int(index[0]))
-        loss = recipe.loss(model, to_device(batch, device), SampleRNG(seed, index, device)) / len(batches)
-        loss.backward()
-        total += loss.detach()
-    return total
+        loss = recipe.loss(model, to_device(batch, device), SampleRNG(seed, index, device))
+        (loss / len(batches)).backward()
+        losses.append(loss.detach().float())
+    return torch.stack(losses)
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor | None:
@@ -128,10 +130,17 @@ def train_step(
     clip_norm: float = 0.0,
     reduce_each: bool = True,
     ema: Average | None = None,
+    accepts: Callable[[StepResult], bool] | None = None,
 ) -> StepResult:
-    """Take one optimizer step; see `accumulate_gradients` and `AdamW.step` for the arguments."""
-    loss = accumulate_gradients(model, recipe, batches, seed=seed, device=device, reduce_each=reduce_each)
+    """Take one optimizer step; see `accumulate_gradients` and `AdamW.step` for the arguments.
+
+    Args:
+        accepts: is asked before the update, which is passed over where it says no.
+    """
+    losses = accumulate_gradients(model, recipe, batches, seed=seed, device=device, reduce_each=reduce_each)
     norm = gradient_norm(model.parameters())
-    optimizer.step(grad_scale=clip_coefficient(norm, clip_norm), ema=ema)
+    result = StepResult(losses.mean(), norm, losses)
+    if accepts is None or accepts(result):
+        optimizer.step(grad_scale=clip_coefficient(norm, clip_norm), ema=ema)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, norm)
+    return result

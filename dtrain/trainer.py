@@ -4,10 +4,13 @@ config -> process group -> mesh -> model on meta -> parallelize -> parameters ->
 for each step: batches -> forward and backward -> AdamW, clipping and EMA -> metrics -> samples -> checkpoint
 """
 
+import gc
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -25,9 +28,11 @@ from dtrain.checkpoint import (
 )
 from dtrain.comm import attached
 from dtrain.config import RunConfig, build_recipe, check_world, to_toml
+from dtrain.data import index_at, leave_out
 from dtrain.dist import World, environment_world_size, process_group
 from dtrain.ema import EMA
 from dtrain.faults.agreement import Agreement
+from dtrain.faults.badsteps import BadRun, Judge, RollBack
 from dtrain.faults.signals import StopSignals
 from dtrain.faults.watchdog import Watchdog
 from dtrain.flops import training_flops
@@ -40,7 +45,7 @@ from dtrain.recipe import Batch, DataState, Recipe
 from dtrain.rng import seed_everything
 from dtrain.sampling import draw_clips
 from dtrain.shard import compute_dtype, to_empty
-from dtrain.step import train_step
+from dtrain.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +63,30 @@ def train(config: RunConfig) -> None:
     if recipe.fingerprint:
         recipe.fingerprint(config.seed)  # opens the data, which may be missing
     with process_group(config.train.timeout_s) as world:
-        Trainer(config, recipe, world).run()
+        _run(config, recipe, world)
+
+
+def _run(config: RunConfig, recipe: Recipe, world: World) -> None:
+    """Train; where weights have gone bad, again from a checkpoint on."""
+    back: RollBack | None = None
+    times = 0
+    while True:
+        trainer = Trainer(config, recipe, world, back)
+        try:
+            return trainer.run()
+        except RollBack as asked:
+            back = asked
+        del trainer  # and its memory, before there is another
+        gc.collect()
+        times = 1 if back.saved else times + 1
+        if times > config.faults.max_rollbacks:
+            raise BadRun(
+                f"{back.said}. Going back did not help, {config.faults.max_rollbacks} time(s) in a row "
+                "(faults.max_rollbacks): look at these samples, or lower optim.lr."
+            )
+        if world.is_main:
+            where = back.checkpoint.name if back.checkpoint else "its start"
+            logger.warning("the run goes back to %s and leaves out samples %s", where, back.left_out)
 
 
 def materialise(recipe: Recipe, config: RunConfig, world: World, mesh: Any) -> nn.Module:
@@ -77,9 +105,10 @@ class Trainer:
         config: the whole run's configuration.
         recipe: the model, its data and its loss.
         world: this rank's place; the process group is up.
+        back: where to begin instead of where the config says.
     """
 
-    def __init__(self, config: RunConfig, recipe: Recipe, world: World) -> None:
+    def __init__(self, config: RunConfig, recipe: Recipe, world: World, back: RollBack | None = None) -> None:
         self.config, self.recipe, self.world = config, recipe, world
         self.accumulation = config.train.accumulation(world.size)
         self.mesh = build_mesh(config.mesh, world.size, world.device.type)
@@ -104,7 +133,10 @@ class Trainer:
         self._stopped = False
         self.skipped: set[tuple[str, str]] = set()
         self.fingerprint = self._agreed_fingerprint()
-        self.progress = self._resume()
+        self._from: Path | None = None
+        self.progress = self._resume(back)
+        self.judge = Judge(config.faults, self.mesh, self.progress.losses)
+        self._good_sample = self.progress.sample  # where the newest update ended
         self._metered = self.progress.step
 
     def run(self) -> None:
@@ -162,6 +194,7 @@ class Trainer:
             clip_norm=config.optim.clip_norm,
             reduce_each=config.shard.reduce_each_micro_batch,
             ema=self.ema.at(step) if self.ema else None,
+            accepts=self._accepts(step + 1, batches) if config.faults.max_bad_steps else None,
         )
         for batch in batches:
             self.skipped.update(batch.get("skipped", ()))
@@ -172,7 +205,30 @@ class Trainer:
             config.seed,
             self.world.size,
             self.fingerprint,
+            self.progress.left_out,
+            tuple(self.judge.losses),
         )
+
+    def _accepts(self, step: int, batches: list[Batch]) -> Callable[[StepResult], bool]:
+        samples = [batch["index"] for batch in batches]
+        return lambda result: self.judge.accepts(step, result, samples)
+
+    def _look_back(self, log: NullLog) -> None:
+        """After an update that was passed over, or was made."""
+        judge, end = self.judge, self.progress.sample
+        if not judge.in_a_row:
+            self._good_sample = end
+            return
+        log.note(judge.said)
+        if self.comm is not None:
+            self.comm.state.forget_errors()
+        if judge.in_a_row >= self.config.faults.max_bad_steps:
+            self.agreement.finish()
+            self.checkpointer.wait()
+            before = self.progress.left_out
+            bad = (index_at(place, before) for place in (self._good_sample, end - 1))
+            newest = self.checkpointer.newest
+            raise RollBack(newest or self._from, leave_out(before, *bad), judge.said, newest is not None)
 
     def _log_step(self, step: int, batches: list[Batch], log: NullLog, **values: Any) -> None:
         if log.due(step):
@@ -197,11 +253,13 @@ class Trainer:
 
     def _after_step(self, step: int, log: NullLog) -> None:
         config, last = self.config, step == self.config.train.steps
+        self._look_back(log)
         known = self.agreement.exchange(self.signals.asked is not None, self.checkpointer.written)
         if known.written:
             self.checkpointer.wait()
         self._stopped = known.stop and not last
-        if last or self._stopped or self.checkpointer.due(step):
+        # Not amid updates that are passed over: it may have to go back to before them.
+        if last or self._stopped or (self.checkpointer.due(step) and not self.judge.in_a_row):
             self.watchdog.at(step, "saving")
             self.checkpointer.save(self.state, self.progress)
         every = config.train.sample_every
@@ -231,14 +289,24 @@ class Trainer:
 
     def _data(self) -> Iterator[Batch]:
         config, world = self.config, self.world
-        state = DataState(config.seed, self.progress.sample, config.train.micro_batch, str(world.device))
+        state = DataState(
+            config.seed,
+            self.progress.sample,
+            config.train.micro_batch,
+            str(world.device),
+            self.progress.left_out,
+        )
         return iter(self.recipe.data(world.rank, world.size, state))
 
-    def _resume(self) -> Progress:
-        """Load the checkpoint that the config selects."""
-        chosen = choose_checkpoint(self.config.checkpoint, self.checkpointer.folder)
+    def _resume(self, back: RollBack | None) -> Progress:
+        """Load the checkpoint that the config selects, or that to go back to."""
+        config = self.config.checkpoint
+        if back is not None:
+            config = replace(config, resume=str(back.checkpoint) if back.checkpoint else "never")
+        chosen = self._from = choose_checkpoint(config, self.checkpointer.folder)
+        left_out = back.left_out if back else ()
         if chosen is None:
-            return Progress(0, 0, self.config.seed, self.world.size, self.fingerprint)
+            return Progress(0, 0, self.config.seed, self.world.size, self.fingerprint, left_out)
         progress = read_progress(chosen)
         if progress.seed != self.config.seed:
             raise ValueError(
@@ -248,7 +316,7 @@ class Trainer:
         self.state.load(chosen)
         if progress.fingerprint != self.fingerprint and self.world.is_main:
             logger.warning("the data has changed since %s was written: samples will differ", chosen)
-        return progress
+        return replace(progress, left_out=left_out) if back else progress
 
     def _agreed_fingerprint(self) -> str:
         mine = self.recipe.fingerprint(self.config.seed) if self.recipe.fingerprint else ""

@@ -130,7 +130,7 @@ class _Optimisation:
         """Forward, backward, update. No gradient norm: it would take a collective of its own."""
         step, settings = len(self._losses), self._scene.settings
         set_learning_rate(self._optimizer, self._optim, step, settings.steps)
-        loss = accumulate_gradients(
+        losses = accumulate_gradients(
             self._module,
             self._scene.recipe,
             [self.next_batch()],
@@ -140,7 +140,7 @@ class _Optimisation:
         )
         self._optimizer.step(ema=self.ema.at(step))
         self._optimizer.zero_grad(set_to_none=True)
-        self._losses.append(loss)
+        self._losses.append(losses.mean())
 
     def losses(self) -> Tensor:
         """Of each step and rank, (steps, ranks).

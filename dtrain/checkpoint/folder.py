@@ -47,12 +47,16 @@ class Progress:
     step: int
     """Optimizer steps taken."""
     sample: int
-    """Samples trained on: the global index of the next one."""
+    """Samples trained on: place in the stream of the next one."""
     seed: int
     world: int
     """World size that wrote the checkpoint, for information."""
     fingerprint: str
     """Of the data, empty when the recipe has none."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Indices that the run passes over, see `dtrain.recipe.DataState`."""
+    losses: tuple[float, ...] = ()
+    """Of the newest steps, where a jump of the loss is looked for."""
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -135,8 +139,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 def read_progress(checkpoint: Path) -> Progress:
     """Where the run stood; Damaged if the manifest does not say."""
     try:
-        return Progress(**read_manifest(checkpoint)["progress"])
-    except (KeyError, TypeError) as error:
+        found = read_manifest(checkpoint)["progress"]
+        left_out = tuple((start, stop) for start, stop in found.pop("left_out"))
+        return Progress(**found | {"left_out": left_out, "losses": tuple(found["losses"])})
+    except (KeyError, TypeError, ValueError) as error:
         raise Damaged(f"{checkpoint / MANIFEST}: no progress: {error!r}") from error
 
 

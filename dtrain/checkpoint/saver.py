@@ -102,6 +102,8 @@ class Checkpointer:
         self.run_config = run_config
         self.failed = 0
         """Saves in a row that failed."""
+        self.newest: Path | None = None
+        """Saved by this object."""
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._pending: tuple[Future[Any], Progress] | None = None
 
@@ -143,6 +145,7 @@ class Checkpointer:
             if self.failed and self.is_main:
                 log.warning("checkpoint: step %d is saved, %d before it failed.", progress.step, self.failed)
             self.failed = 0
+            self.newest = self.folder / f"step-{progress.step:08d}"
         return not self.failed
 
     def close(self) -> None:

@@ -51,6 +51,11 @@ class CommState:
         residuals = sum(residual.nbytes for residual in self._residuals.values())
         return residuals + sum(gather.reference.nbytes for _, gather in self._gathers)
 
+    def forget_errors(self) -> None:
+        """Residuals begin anew: what a gradient left that was not finite would spoil all to come."""
+        for residual in self._residuals.values():
+            residual.clear()
+
     def tensors(self) -> dict[str, Tensor]:
         """All that there is by now, for `torch.distributed.checkpoint`; empty before the first step."""
         found: dict[str, Tensor] = {}

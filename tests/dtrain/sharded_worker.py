@@ -173,11 +173,11 @@ def compare_accumulated(reduce_each: bool) -> dict[str, object]:
         data=lambda *_: batches,
         flops=lambda _: 0,
     )
-    mean = accumulate_gradients(
+    losses = accumulate_gradients(
         sharded, recipe, batches, seed=0, device=torch.device("cpu"), reduce_each=reduce_each
     )
     return {
-        "loss": _distance(mean_over(mesh, mean), loss.detach()),
+        "loss": _distance(mean_over(mesh, losses.mean()), loss.detach()),
         "gradients": _gradient_distances(sharded, model),
     }
 
