@@ -33,6 +33,7 @@ from dtrain.dist import World, environment_world_size, process_group
 from dtrain.ema import EMA
 from dtrain.faults.agreement import Agreement
 from dtrain.faults.badsteps import BadRun, Judge, RollBack
+from dtrain.faults.replicas import check_alike, check_replicas, code_digest
 from dtrain.faults.signals import StopSignals
 from dtrain.faults.watchdog import Watchdog
 from dtrain.flops import training_flops
@@ -132,6 +133,8 @@ class Trainer:
         self.signals = StopSignals()
         self._stopped = False
         self.skipped: set[tuple[str, str]] = set()
+        check_alike("config", to_toml(config))
+        check_alike("code", code_digest("dtrain", config.recipe.partition(":")[0]))
         self.fingerprint = self._agreed_fingerprint()
         self._from: Path | None = None
         self.progress = self._resume(back)
@@ -254,6 +257,9 @@ class Trainer:
     def _after_step(self, step: int, log: NullLog) -> None:
         config, last = self.config, step == self.config.train.steps
         self._look_back(log)
+        often = config.faults.check_replicas_every
+        if often and step % often == 0 and self.mesh.ndim > 1:
+            check_replicas(self.model, self.mesh, step)
         known = self.agreement.exchange(self.signals.asked is not None, self.checkpointer.written)
         if known.written:
             self.checkpointer.wait()
@@ -320,11 +326,7 @@ class Trainer:
 
     def _agreed_fingerprint(self) -> str:
         mine = self.recipe.fingerprint(self.config.seed) if self.recipe.fingerprint else ""
-        all_ranks: list[str] = [""] * self.world.size
-        dist.all_gather_object(all_ranks, mine)
-        different = [rank for rank, other in enumerate(all_ranks) if other != all_ranks[0]]
-        if different:
-            raise ValueError(f"Ranks {different} see other data than rank 0: their data folders differ.")
+        check_alike("data", mine)
         return mine
 
     def _gather_skipped(self, log: NullLog) -> None:

@@ -17,6 +17,13 @@ class FaultConfig:
         },
     )
 
+    check_replicas_every: int = field(
+        default=0,
+        metadata={
+            "help": "Compare the weights of all replicas every this many steps, and name a rank that differs, "
+            "where mesh.replicate is over 1. 0: never."
+        },
+    )
     max_bad_steps: int = field(
         default=5,
         metadata={
@@ -38,7 +45,7 @@ class FaultConfig:
     def __post_init__(self) -> None:
         if self.hang_s < 0:
             raise ValueError(f"faults.hang_s = {self.hang_s}: must be 0 or more.")
-        for name in ("max_bad_steps", "max_rollbacks"):
+        for name in ("check_replicas_every", "max_bad_steps", "max_rollbacks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"faults.{name} = {getattr(self, name)}: must be 0 or more.")
         if self.spike_factor and self.spike_factor <= 1:
