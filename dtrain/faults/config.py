@@ -20,7 +20,7 @@ class FaultConfig:
     check_replicas_every: int = field(
         default=0,
         metadata={
-            "help": "Compare the weights of all replicas every this many steps, and name a rank that differs, "
+            "help": "Compare the weights of all replicas every this many steps and name a rank that differs, "
             "where mesh.replicate is over 1. 0: never."
         },
     )
