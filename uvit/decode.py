@@ -118,6 +118,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not videos:
                 raise VideoError("no video stream")
+            if videos[0].codec_context is None:
+                raise VideoError("nothing here decodes its video stream")
             videos[0].codec_context.thread_count = 1  # the loader's workers are the parallelism
             yield container, videos[0]
     except (av.FFmpegError, OSError, UnicodeDecodeError) as error:
