@@ -9,7 +9,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,10 @@ def process_group(timeout_s: float = 600.0) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     device_id = device if device.type == "cuda" else None
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
-    else:
-        dist.init_process_group(
-            backend, store=HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
-        )
+    store, rank, size = _meet(timeout)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id
+    )
     try:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         yield World(dist.get_rank(), dist.get_world_size(), device, local_size)
@@ -73,6 +72,21 @@ def process_group(timeout_s: float = 600.0) -> Iterator[World]:
         dist.destroy_process_group()
         raise
     leave_process_group()
+
+
+def _meet(timeout: timedelta) -> tuple[Store, int, int]:
+    """The store in which ranks find each other, this one's rank, and their number."""
+    if "RANK" not in os.environ:
+        return HashStore(), 0, 1
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store over restarts: without a name of its own a rank would read the address of one
+    # that is dead, and wait for it.
+    return PrefixStore(f"attempt-{attempt()}", store), rank, size
+
+
+def attempt() -> int:
+    """How often torchrun has started these ranks anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def leave_process_group() -> None:

@@ -137,8 +137,7 @@ class Watchdog:
 def _own_store(world: World) -> Any:
     """The store of the process group by a connection of its own: the main thread may wait in the other."""
     store: Any = _get_default_store()
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"dtrain/hang/{attempt}", store if world.size == 1 else store.clone())
+    return PrefixStore("hang", store if world.size == 1 else store.clone())
 
 
 def _collectives() -> tuple[dict[str, int], tuple[str, ...]]:
