@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.study import Comparison, Study
 from benchmarks.accuracy.study import read as read_study
-from benchmarks.accuracy.variants import BASELINE
+from benchmarks.accuracy.variants import BASELINE, VARIANTS
 from benchmarks.ladder.result import Ladder, Row
 from benchmarks.ladder.result import read as read_ladder
 from benchmarks.ladder.rungs import RUNGS
@@ -82,7 +82,8 @@ def _accuracy(study: Study) -> Iterator[str]:
     first = compared[0]
     yield from (_row(_cells(c, first.mean)) for c in compared)
     yield ""
-    compressed = f", {study.compressed:.1%} of them compressed" if study.compressed else ""
+    sent = any(VARIANTS[name].comm.preset != "none" for name in study.outcomes)
+    compressed = f", {study.compressed:.1%} of them compressed" if sent else ""
     notes = [
         f"{study.parameters:,} parameters{compressed}. Loss of the fp32 "
         f"masters; a seed is compared with the same seed of {BASELINE}, whose seeds have a range of "

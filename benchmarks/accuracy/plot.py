@@ -80,8 +80,8 @@ def _finals(axis: "Axes", outcomes: Mapping[str, Outcome], colours: Mapping[str,
             axis.axvspan(min(losses), max(losses), color="black", alpha=0.12, linewidth=0)
     axis.set_yticks(range(len(outcomes)), list(outcomes), fontsize=8)
     axis.invert_yaxis()
-    title = "fp32 masters" if weights == "masters" else "averages of the masters"
-    axis.set_title(f"final held-out loss, {title} (band: seeds of {BASELINE!r})", fontsize=9)
+    title = "fp32 masters" if weights == "masters" else "averages"
+    axis.set_title(f"final held-out loss, {title} (band: {BASELINE!r})", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
 
 

@@ -23,10 +23,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from torch._C import _distributed_c10d
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from dtrain.dist import World
+from dtrain.dist import World, attempt
 
 __all__ = ["EXIT_STATUS", "Report", "Watchdog", "who_is_behind"]
 
@@ -101,7 +100,10 @@ class Watchdog:
 
     def _report(self) -> None:
         step, doing, since, _ = self._place
-        begun, pending = _collectives()
+        try:
+            begun, pending = _collectives()
+        except Exception as error:  # another version's records; the stack matters more
+            begun, pending = {}, (f"unknown: {error!r}",)
         frame = sys._current_frames().get(self._main or 0)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         mine = Report(step, doing, round(time.monotonic() - since, 1), begun, pending, stack)
@@ -136,16 +138,20 @@ class Watchdog:
 
 def _own_store(world: World) -> Any:
     """The store of the process group by a connection of its own: the main thread may wait in the other."""
-    store: Any = _get_default_store()
-    return PrefixStore("hang", store if world.size == 1 else store.clone())
+    if world.size == 1:
+        return HashStore()
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return PrefixStore(f"hang-{attempt()}", store)
 
 
 def _collectives() -> tuple[dict[str, int], tuple[str, ...]]:
-    """Begun, by process group, and pending, in words."""
+    """Begun, by process group, and pending, in words, as far as this PyTorch records them."""
     begun: dict[str, int] = {}
     pending = []
     recorder: Any = _distributed_c10d
-    for entry in json.loads(recorder._dump_fr_trace_json()).get("entries", ()):
+    names = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+    dump = next((getattr(recorder, name) for name in names if hasattr(recorder, name)), lambda: "{}")
+    for entry in json.loads(dump()).get("entries", ()):
         name, group = entry["profiling_name"], " ".join(filter(None, entry["process_group"]))
         begun[group] = max(begun.get(group, 0), entry["collective_seq_id"])
         if not entry["retired"]:
