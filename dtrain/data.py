@@ -90,7 +90,7 @@ def loader(
     workers: int,
     collate: Callable[[list[dict[str, Any]]], Batch],
     prefetch: int = 2,
-    stall_s: float = 300.0,
+    stall_s: float = 120.0,
     restarts: int = 3,
 ) -> "RestartingLoader":
     """Read micro-batches of `dataset` in worker processes, in order and ahead of the training step.
@@ -103,18 +103,19 @@ def loader(
         workers: worker processes; 0 reads in the calling process.
         collate: makes a batch of B samples.
         prefetch: micro-batches each worker keeps ready.
-        stall_s: after which a worker that gives no batch is taken for hung.
+        stall_s: after which a worker that gives no batch is taken for hung; less than `faults.hang_s`, or
+            the others' watchdogs end the run first.
         restarts: for one micro-batch, before that is an error.
     """
 
-    def start(state: DataState) -> DataLoader[Batch]:
+    def start(state: DataState, careful: bool) -> DataLoader[Batch]:
         return DataLoader(
             _EndlessDataset(dataset),
             batch_sampler=_IndexSampler(rank, world, state),
-            num_workers=workers,
+            num_workers=min(workers, 1) if careful else workers,
             collate_fn=collate,
             pin_memory=state.device.startswith("cuda"),
-            prefetch_factor=prefetch if workers else None,
+            prefetch_factor=(1 if careful else prefetch) if workers else None,
             persistent_workers=False,
             # A fork would copy locks that gloo's, NCCL's and the decoder's threads may hold at that moment.
             multiprocessing_context="forkserver" if workers else None,
@@ -122,35 +123,41 @@ def loader(
             timeout=stall_s if workers else 0,
         )
 
-    return RestartingLoader(start, rank, world, state, restarts)
+    return RestartingLoader(start, rank, world, state, restarts, workers * prefetch)
 
 
 class RestartingLoader(Iterable[Batch]):
     """Micro-batches of a loader whose workers may die.
 
+    After a failure one worker reads one micro-batch at a time, until all that was read ahead is behind: so
+    the samples that it does not survive are known.
+
     Args:
-        start: makes the loader of what comes from a state on.
+        start: makes the loader of what comes from a state on, or a careful one that reads nothing ahead.
         rank, world, state: see `loader`.
         restarts: for one micro-batch, before that is an error.
+        ahead: micro-batches that are read ahead.
     Attributes:
         restarted: how often workers were started again.
     """
 
     def __init__(
         self,
-        start: Callable[[DataState], Iterable[Batch]],
+        start: Callable[[DataState, bool], Iterable[Batch]],
         rank: int,
         world: int,
         state: DataState,
         restarts: int,
+        ahead: int,
     ) -> None:
+        self._ahead = ahead
         self._start, self._rank, self._world, self._state = start, rank, world, state
         self._most = restarts
         self.restarted = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        state, tries = self._state, 0
-        batches = _Workers(self._start(state))
+        state, tries, careful = self._state, 0, 0
+        batches = _Workers(self._start(state, False))
         while True:
             try:
                 batch = next(batches)
@@ -163,10 +170,15 @@ class RestartingLoader(Iterable[Batch]):
                 tries += 1
                 self._say(error, next(micro_batch_indices(self._rank, self._world, state)), tries)
                 self.restarted += 1
-                batches = _Workers(self._start(state))
+                careful = self._ahead
+                batches = _Workers(self._start(state, True))
                 continue
             state, tries = replace(state, sample=state.sample + self._world * state.micro_batch), 0
             yield batch
+            if careful:
+                careful -= 1
+                if not careful:
+                    batches = _Workers(self._start(state, False))
 
     def _say(self, error: RuntimeError, samples: Sequence[int], tries: int) -> None:
         what = f"rank {self._rank}: data workers failed before samples {samples[0]} to {samples[-1]}: {error}"

@@ -21,7 +21,7 @@ seed = 3
 steps = 20
 global_batch = 4
 micro_batch = 1
-timeout_s = 60
+timeout_s = 120
 [optim]
 lr = 1e-3
 warmup_steps = 15
@@ -29,7 +29,7 @@ clip_norm = 0.5
 [checkpoint]
 every = 4
 [faults]
-hang_s = 20
+hang_s = 60
 [metrics]
 log_every = 1
 tensorboard = false

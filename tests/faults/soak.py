@@ -68,7 +68,7 @@ def soak(folder: Path, steps: int, every: int, seed: int) -> list[Life]:
     samples = draw.sample(range(8 * _BATCH, steps * _BATCH), 2 * count)
     nan = [f"nan {sample} always" for sample in samples[: max(1, count // 5)]]
     faults = [f"{draw.choice(_KINDS)} {sample}" for sample in samples[max(1, count // 5) :][:count]]
-    sets = (f"train.steps={steps}", "faults.hang_s=8", "metrics.progress=none", "optim.warmup_steps=100")
+    sets = (f"train.steps={steps}", "faults.hang_s=10", "metrics.progress=none", "optim.warmup_steps=100")
     calm = Run(folder, "undisturbed")
     calm.train(*nan, sets=sets)
     run, lives = Run(folder, "soak"), list[Life]()
