@@ -24,6 +24,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_GONE = "a worker is gone"
+
 Ranges = tuple[tuple[int, int], ...]
 
 
@@ -201,7 +203,12 @@ class _Workers(Iterator[Batch]):
         self._processes = set(multiprocessing.active_children()) - before
 
     def __next__(self) -> Batch:
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except (OSError, EOFError) as error:  # of a batch whose memory its worker did not live to hand over
+            if all(process.is_alive() for process in self._processes):
+                raise
+            raise RuntimeError(f"{_GONE}: {error!r}") from error
 
     def kill(self) -> None:
         """They are told to ignore gentler signals."""
@@ -211,7 +218,7 @@ class _Workers(Iterator[Batch]):
 
 def _is_of_workers(error: RuntimeError) -> bool:
     """Whether PyTorch says that a worker is gone or gives nothing, not what one of them raised."""
-    return str(error).startswith(("DataLoader worker (pid", "DataLoader timed out"))
+    return str(error).startswith(("DataLoader worker (pid", "DataLoader timed out", _GONE))
 
 
 class _EndlessDataset(Dataset[dict[str, Any]]):

@@ -77,7 +77,7 @@ def main(out: str, checkpoint: str, mode: str, *replicates: str) -> None:
             take(model, optimizer, ema, range(HALF))
             results[f"half-{replicate}"] = gathered(state)
             if mode == "save" and replicate == 1:
-                write_state(state, checkpoint)
+                write_state(state, Path(checkpoint))
             take(model, optimizer, ema, range(HALF, STEPS))
             results[f"end-{replicate}"] = gathered(state)
         if mode == "load":

@@ -1,9 +1,9 @@
 """The tiny DiT with faults: each is met by one rank as it trains on one sample, once in the life of a run.
 
-    [[faulty.faults]]
-    kind = "kill"     # or term, hang, stop, nan, inf, slow, worker_dies, worker_hangs
-    sample = 24       # the rank that has this one in a micro-batch
-    once = true       # false: whenever it is met
+    faults = ["kill 24", "nan 24 always"]
+
+    kill 24         the rank that has sample 24 in a micro-batch is killed, once
+    nan 24 always   its loss is not finite, whenever it is met
 
 A file in `faulty.folder` remembers which have happened, whatever becomes of the process.
 """
@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtrain.data import loader
+from dtrain.local import local_part
 from dtrain.recipe import Batch, DataState, Recipe
 from dtrain.rng import SampleRNG
 from tests.dtrain import tiny_dit
@@ -93,6 +95,8 @@ def recipe(tables: Tables) -> Recipe:
         time.sleep(table.step_s)
         value = whole.loss(model, batch, rng)
         for kind in faults.due(batch["index"].tolist()):
+            if kind == "flip":
+                _flip_a_bit(model)
             value = _happen(kind, value)
         return value
 
@@ -103,6 +107,12 @@ def recipe(tables: Tables) -> Recipe:
         )  # fmt: skip
 
     return replace(whole, loss=loss, data=data)
+
+
+def _flip_a_bit(model: nn.Module) -> None:
+    """Of one weight, on this rank alone."""
+    weight = local_part(dict(model.named_parameters())["blocks.1.proj.weight"].detach())
+    weight.view(-1).view(torch.int32)[:1] ^= 1 << 20  # updates would round a lower one away
 
 
 def _happen(kind: str, loss: Tensor) -> Tensor:

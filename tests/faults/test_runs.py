@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.checkpoint import read_progress, step_folders
+from dtrain.metrics import read_records
 from tests.faults.runs import Run, assert_same_weights
 
 pytestmark = pytest.mark.distributed
@@ -109,4 +110,44 @@ def test_a_sample_that_kills_its_reader_is_named(folder: Path) -> None:
         "worker_dies 21 always", sets=("faulty.workers=1", "faults.hang_s=100"), check=False
     )
     assert done.returncode
-    assert re.search(r"samples 21 to 21: .*, 3 times: one of these samples kills or stalls", done.stderr)
+    named = r"samples 21 to 21: .*, 3 times: one of these samples kills or stalls"
+    assert re.search(named, done.stderr), done.stderr[-6000:]
+
+
+def test_a_loss_that_jumps_is_passed_over(folder: Path) -> None:
+    """The median is known after 32 steps."""
+    run = Run(folder, "spike")
+    sets = ("faults.spike_factor=20", "train.steps=36", "checkpoint.every=30")
+    said = run.train("huge 10", "huge 138", sets=sets).stderr
+    assert len(re.findall(r"step \d+: .*the update is passed over", said)) == 1
+    assert re.search(r"step 35: loss \d+(\.\d+)? is over 20 times the usual \d\.\d+, the update", said)
+    assert len(read_progress(step_folders(run.path / "checkpoints")[-1]).losses) == 32
+
+
+def test_a_replica_that_has_diverged_is_named(folder: Path) -> None:
+    """Three copies, of which rank 1 alters one bit at step 3: sample 13."""
+    run = Run(folder, "replicas", ranks=3)
+    sets = ("mesh.replicate=3", "train.global_batch=6", "faults.check_replicas_every=2")
+    done = run.train("flip 13", sets=sets, check=False)
+    assert done.returncode
+    named = "after step 4 rank(s) 1 hold other weights than their replicas, rank 1 from blocks.1.proj.weight"
+    assert named in done.stderr
+    sound = Run(folder, "sound-replicas", ranks=3)
+    sound.train(sets=sets)
+    assert "hold other weights" not in "".join(sound.notes)
+
+
+def test_worlds_change_and_samples_do_not(folder: Path) -> None:
+    """2, then 4, 1 and 3 ranks, with replicas among them, see what 2 ranks see, and the same noise."""
+    sets = ("train.global_batch=12", "model.dropout=0", "optim.warmup_steps=3")
+    stays = Run(folder, "stays")
+    stays.train(sets=(*sets, "train.steps=8"))
+    for stage, (ranks, replicate) in enumerate([(2, 1), (4, 2), (1, 1), (3, 1)], start=1):
+        moves = Run(folder, "moves", ranks=ranks)
+        moves.train(sets=(*sets, f"train.steps={2 * stage}", f"mesh.replicate={replicate}"))
+    wanted, found = (
+        {record["step"]: record["loss"] for record in read_records(run.path / "metrics.jsonl")}
+        for run in (stays, moves)
+    )
+    assert set(wanted) == set(range(1, 9))
+    assert found == pytest.approx(wanted, rel=1e-4)
