@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing import connection
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _GONE = "a worker is gone"
+_DEATH_S = 5.0  # until the system tells of it
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -206,7 +208,7 @@ class _Workers(Iterator[Batch]):
         try:
             return next(self._batches)
         except (OSError, EOFError) as error:  # of a batch whose memory its worker did not live to hand over
-            if all(process.is_alive() for process in self._processes):
+            if not connection.wait([process.sentinel for process in self._processes], _DEATH_S):
                 raise
             raise RuntimeError(f"{_GONE}: {error!r}") from error
 
