@@ -92,19 +92,19 @@ def _live(
     done = run.train(*faults, sets=sets, check=False)
     seconds = time.perf_counter() - start
     happened = sorted({path.name for path in run.path.glob("*-*")} - before)
-    fault = ", ".join(name for name in happened if name.split("-")[0] in _KINDS)
+    fault = ", ".join(name for name in happened if name.split("-")[0] in _KINDS and "-0" not in name)
     records = read_records(run.path / "metrics.jsonl")
-    began = _began(done.stdout + done.stderr)
+    began = _began(run.notes)
     lost = lives[-1].ended - began if lives else 0
     if done.returncode and not fault:
         raise AssertionError(f"ended with {done.returncode} and no fault: {done.stderr[-3000:]}")
     return Life(began, records[-1]["step"], fault, done.returncode, damaged, round(seconds, 1), lost)
 
 
-def _began(said: str) -> int:
-    """The step that a life resumed at."""
-    _, found, rest = said.partition("resumed at step ")
-    return int(rest.split(",")[0]) if found else 0
+def _began(notes: Sequence[str]) -> int:
+    """The step that the newest life resumed at."""
+    resumed = [note for note in notes if note.startswith("resumed at step ")]
+    return int(resumed[-1].split()[3].rstrip(",")) if resumed else 0
 
 
 def _damage(run: Run, draw: random.Random) -> str:

@@ -127,7 +127,7 @@ def test_the_newest_intact_one_is_used_and_the_others_are_named(
     (saved / "step-00000002" / "manifest.json").unlink()
     with caplog.at_level(logging.WARNING, "dtrain"):
         assert choose_checkpoint(CheckpointConfig(), saved) == saved / "step-00000001"
-    said = [r.getMessage() for r in caplog.records if r.name.startswith("dtrain.")]
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("dtrain.checkpoint")]
     assert [line.split(" is damaged")[0] for line in said] == [
         "checkpoint: step-00000003",
         "checkpoint: step-00000002",
@@ -221,7 +221,7 @@ def test_a_full_disk_costs_a_save_and_not_the_run(tmp_path: Path, caplog: pytest
             saver.save(state, progress(step))
             assert not saver.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]  # the last good one, nothing else
-    said = [r.getMessage() for r in caplog.records if r.name.startswith("dtrain.")]
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("dtrain.checkpoint")]
     assert len(said) == 2
     assert "step 200 could not be saved (1 in a row): rank 0: OSError(27, 'File too large')" in said[0]
     assert "tries again within 10 steps" in said[1]
