@@ -243,10 +243,12 @@ def _reported(*kinds: type[Exception]) -> Iterator[None]:
 def _mistakes_reported(*packages: str) -> Iterator[None]:
     """Turn a ValueError that one of these packages raised itself into one message and exit code 2.
 
-    That is how they tell of a user's mistake; any other exception is a fault and keeps its traceback. Every
-    rank speaks, because the mistake (a folder that one host lacks) may be on one of them only.
+    That is how they tell of a user's mistake. A fault that ends the run and says all of itself is one message
+    and exit code 1; any other exception keeps its traceback. Every rank speaks where the mistake or the fault
+    (a folder that one host lacks) may be on one of them only.
     """
     from dtrain.config import ConfigError
+    from dtrain.faults.errors import RunFault
 
     try:
         yield
@@ -254,6 +256,10 @@ def _mistakes_reported(*packages: str) -> Iterator[None]:
         if _is_main():
             typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+    except RunFault as error:
+        if not error.alike or _is_main():
+            typer.echo(f"[rank {os.environ.get('RANK', '0')}] error: {error}", err=True)
+        raise typer.Exit(1) from None
     except ValueError as error:
         if _raised_in(error).partition(".")[0] not in packages:
             raise

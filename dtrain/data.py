@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dtrain.faults.errors import RunFault
 from dtrain.faults.signals import ignore_stop_signals
 from dtrain.recipe import Batch, DataState
 
 __all__ = [
-    "IndexedDataset", "RestartingLoader",
+    "IndexedDataset", "RestartingLoader", "SampleFault",
     "epoch_of", "index_at", "leave_out", "loader", "micro_batch_indices",
 ]  # fmt: skip
 
@@ -29,6 +30,12 @@ _GONE = "a worker is gone"
 _DEATH_S = 5.0  # until the system tells of it
 
 Ranges = tuple[tuple[int, int], ...]
+
+
+class SampleFault(RunFault):
+    """A sample that no data worker survives."""
+
+    alike = False
 
 
 class IndexedDataset(Protocol):
@@ -177,8 +184,8 @@ class RestartingLoader(Iterable[Batch]):
                 careful = self._ahead
                 batches = _Workers(self._start(state, True))
                 continue
+            yield {**batch, "worker_restarts": tries} if tries else batch
             state, tries = replace(state, sample=state.sample + self._world * state.micro_batch), 0
-            yield batch
             if careful:
                 careful -= 1
                 if not careful:
@@ -187,7 +194,7 @@ class RestartingLoader(Iterable[Batch]):
     def _say(self, error: RuntimeError, samples: Sequence[int], tries: int) -> None:
         what = f"rank {self._rank}: data workers failed before samples {samples[0]} to {samples[-1]}: {error}"
         if tries > self._most:
-            raise RuntimeError(f"{what}, {tries} times: one of these samples kills or stalls its reader")
+            raise SampleFault(f"{what}, {tries} times: one of these samples kills or stalls its reader")
         # An error, though it is mended: of other ranks than the first nothing else is heard.
         log.error("%s; they are started again (%d of %d)", what, tries, self._most)
 

@@ -108,6 +108,10 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, Any]]:
         ("  reserved", "{:.2f} GiB", summary["memory"].get("reserved_gib")),
         ("energy per sample", "{:.2f} J", summary["energy_per_sample_joules"]),
         ("skipped inputs", "{}", len(summary["skipped"])),
+        ("data workers restarted", "{}", summary["worker_restarts"] or None),
+        ("updates passed over", "{}", summary["updates_passed_over"] or None),
+        ("times gone back", "{}", summary["rollbacks"] or None),
+        ("saves that failed", "{}", summary["failed_saves"] or None),
     ]
 
 

@@ -6,18 +6,15 @@ the last logged one; the first step (compilation, the first batch) is a window o
 
 A line of metrics.jsonl is one JSON object: `step`, the values that the trainer passed (`loss`, `grad_norm`,
 `lr`, …), and `step_ms`, `samples_per_s`, `tokens_per_s`, `mfu`, `memory_gib`; null where unknown. Lines with
-a `note` instead tell of paths that were not taken. Values that are not finite are the strings "nan", "inf".
+a `note` instead tell of paths that were not taken. No disk that refuses them ends a run: `dtrain.records`.
 """
 
-import json
 import logging
-import math
-import os
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +27,10 @@ from torch.distributed.tensor import DTensor
 
 from dtrain import flops, telemetry
 from dtrain.display import Display, show_summary
+from dtrain.faults.tally import Tally
+from dtrain.records import Record, RecordFile, disk_faults_said, drop_after, to_json
 
 logger = logging.getLogger(__name__)
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,8 @@ class NullLog:
     def note(self, text: str) -> None:
         """Say something once, on the screen and in the run's metrics (a path that is not taken)."""
 
-    def skipped(self, files: Iterable[tuple[str, str]]) -> None:
-        """Add (source, reason) of inputs that were passed over; repeated sources count once."""
+    def tally(self, met: Tally) -> None:
+        """Put what the run met, of all ranks, into the summary; of a source the first reason counts."""
 
     def memory(self, values: dict[str, Any]) -> None:
         """Put what was planned and taken, see `dtrain.memory`, into the summary."""
@@ -173,14 +170,14 @@ class RunLog(NullLog):
         self._clock = clock
         self._peak = flops.peak_flops(_device_name(device), dtype)
         self._records: list[Record] = []
-        self._skipped: dict[str, str] = {}
+        self._met = Tally()
         self._samples = 0
         self._memory: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         dropped = drop_after(self.path, self.resume_step)
-        self._lines = self.path.open("a", encoding="utf-8")
+        self._lines = RecordFile(self.path)
         self._board = _board(self.folder, self.resume_step) if self.config.tensorboard else None
         self._display = Display(self.config.progress, self.total_steps, self.resume_step)
         uuids = telemetry.cuda_uuids(self.local_world) if self.device.type == "cuda" else []
@@ -198,14 +195,16 @@ class RunLog(NullLog):
     ) -> None:
         self._display.close()
         if error is None:
-            summary = self.summary()
-            (self.folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
+            summary, file = self.summary(), self.folder / "summary.json"
+            with disk_faults_said(str(file)):
+                file.write_text(to_json(summary, indent=2) + "\n")
             if self.config.progress != "none":
                 show_summary(summary)
         if self._watch is not None:
             self._watch.close()
         if self._board is not None:
-            self._board.close()
+            with disk_faults_said("TensorBoard's last records"):
+                self._board.close()
         self._lines.close()
 
     @property
@@ -236,11 +235,10 @@ class RunLog(NullLog):
 
     def note(self, text: str) -> None:
         self._display.note(text)
-        self._write({"note": text})
+        self._lines.write({"note": text})
 
-    def skipped(self, files: Iterable[tuple[str, str]]) -> None:
-        for source, reason in files:
-            self._skipped.setdefault(source, reason)
+    def tally(self, met: Tally) -> None:
+        self._met = met
 
     def memory(self, values: dict[str, Any]) -> None:
         self._memory = values
@@ -260,6 +258,7 @@ class RunLog(NullLog):
         steady = self._records[1:] or self._records
         last = self._records[-1] if self._records else {}
         energy = self._energy_joules()
+        skipped = dict(sorted(self._met.skipped, reverse=True))  # one reason a source
         return {
             "steps": last.get("step", self.resume_step) - self.resume_step,
             "samples": self._samples,
@@ -272,7 +271,11 @@ class RunLog(NullLog):
             "peak_memory_gib": max((r["memory_gib"] for r in self._records), default=None),
             "memory": self._memory,
             "energy_per_sample_joules": energy / self._samples if energy and self._samples else None,
-            "skipped": [{"source": source, "reason": reason} for source, reason in self._skipped.items()],
+            "worker_restarts": self._met.worker_restarts,
+            "updates_passed_over": self._met.passed_over,
+            "rollbacks": self._met.rollbacks,
+            "failed_saves": self._met.failed_saves,
+            "skipped": [{"source": source, "reason": reason} for source, reason in sorted(skipped.items())],
         }
 
     def _rates(self, seconds: float) -> Record:
@@ -293,40 +296,24 @@ class RunLog(NullLog):
 
     def _record(self, record: Record) -> None:
         self._records.append(record)
-        self._write(record)
+        self._lines.write(record)
         self._display.record(record)
         if self._board is not None:
+            self._draw(self._board, record)
+
+    def _draw(self, board: Any, record: Record) -> None:
+        try:
             for name, value in record.items():
                 if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, record["step"])
-
-    def _write(self, line: Record) -> None:
-        self._lines.write(json.dumps(_finite(line)) + "\n")
-        self._lines.flush()
+                    board.add_scalar(name, value, record["step"])
+        except OSError as error:  # its thread is gone with it
+            self._board = None
+            self.note(f"TensorBoard files end here: {error}; {self.path.name} has every record")
 
     def _energy_joules(self) -> float | None:
         if self._watch is None:
             return None
         return self._watch.read().energy_joules * self.world / self.local_world
-
-
-def read_records(path: Path) -> list[Record]:
-    """Read metrics.jsonl: its records in order, without notes and without a line that a crash cut short."""
-    return [line for line in _lines(path) if "step" in line]
-
-
-def drop_after(path: Path, step: int) -> int:
-    """Remove the records of steps after `step` from a metrics.jsonl, if there is one; return their number."""
-    if not path.exists():
-        return 0
-    lines = _lines(path)
-    kept = [line for line in lines if line.get("step", 0) <= step]
-    if step == 0:
-        kept = []
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(replacement, path)
-    return sum("step" in line for line in lines) - sum("step" in line for line in kept)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -337,27 +324,10 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1024**3
 
 
-def _lines(path: Path) -> list[Record]:
-    whole = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            whole.append(json.loads(text))
-        except json.JSONDecodeError:
-            logger.warning("%s: an incomplete line was dropped", path)
-    return whole
-
-
 def _scalar(name: str, value: Tensor | float) -> float:
     if isinstance(value, DTensor):
         raise TypeError(f"{name} is a DTensor: reduce it over the ranks before it is logged")
     return value.item() if isinstance(value, Tensor) else value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: name them as strings, which float() reads back."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _median(records: list[Record], name: str) -> float | None:

@@ -6,7 +6,6 @@ for each step: batches -> forward and backward -> AdamW, clipping and EMA -> met
 
 import gc
 import itertools
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -35,17 +34,19 @@ from dtrain.faults.agreement import Agreement
 from dtrain.faults.badsteps import BadRun, Judge, RollBack
 from dtrain.faults.replicas import check_alike, check_replicas, code_digest
 from dtrain.faults.signals import StopSignals
+from dtrain.faults.tally import Tally
 from dtrain.faults.watchdog import Watchdog
 from dtrain.flops import training_flops
 from dtrain.memory import MemoryReport
 from dtrain.mesh import build_mesh, mean_over
-from dtrain.metrics import NullLog, RunLog
+from dtrain.metrics import NullLog
 from dtrain.optim import build_optimizer, set_learning_rate
-from dtrain.plot import loss_curve
+from dtrain.outputs import draw_loss, first_words, open_log, write_config, write_samples
 from dtrain.recipe import Batch, DataState, Recipe
+from dtrain.records import disk_faults_said
 from dtrain.rng import seed_everything
 from dtrain.sampling import draw_clips
-from dtrain.shard import compute_dtype, to_empty
+from dtrain.shard import to_empty
 from dtrain.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
@@ -70,15 +71,16 @@ def train(config: RunConfig) -> None:
 def _run(config: RunConfig, recipe: Recipe, world: World) -> None:
     """Train; where weights have gone bad, again from a checkpoint on."""
     back: RollBack | None = None
-    times = 0
+    tally, times = Tally(), 0
     while True:
-        trainer = Trainer(config, recipe, world, back)
+        trainer = Trainer(config, recipe, world, back, tally)
         try:
             return trainer.run()
         except RollBack as asked:
             back = asked
         del trainer  # and its memory, before there is another
         gc.collect()
+        tally.rollbacks += 1
         times = 1 if back.saved else times + 1
         if times > config.faults.max_rollbacks:
             raise BadRun(
@@ -107,9 +109,17 @@ class Trainer:
         recipe: the model, its data and its loss.
         world: this rank's place; the process group is up.
         back: where to begin instead of where the config says.
+        tally: what the run has met before.
     """
 
-    def __init__(self, config: RunConfig, recipe: Recipe, world: World, back: RollBack | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        recipe: Recipe,
+        world: World,
+        back: RollBack | None = None,
+        tally: Tally | None = None,
+    ) -> None:
         self.config, self.recipe, self.world = config, recipe, world
         self.accumulation = config.train.accumulation(world.size)
         self.mesh = build_mesh(config.mesh, world.size, world.device.type)
@@ -132,7 +142,7 @@ class Trainer:
         self.agreement = Agreement(dist.new_group(backend="gloo"))
         self.signals = StopSignals()
         self._stopped = False
-        self.skipped: set[tuple[str, str]] = set()
+        self.tally = tally or Tally()
         check_alike("config", to_toml(config))
         check_alike("code", code_digest("dtrain", config.recipe.partition(":")[0]))
         self.fingerprint = self._agreed_fingerprint()
@@ -146,12 +156,12 @@ class Trainer:
         """Train to the last step, saving and sampling on the way."""
         total = self.config.train.steps
         if self.world.is_main:
-            self._write_config()
+            write_config(self.config)
         preset = self.comm.preset if self.comm else "none"
         with (
             self.signals,
             Watchdog(self.world, self.config.faults.hang_s, self.config.run_dir) as self.watchdog,
-            self._open_log() as log,
+            open_log(self.config, self.world, self.progress.step) as log,
             MemoryReport(self.config, self.world, preset) as memory,
         ):
             self._say_start(log)
@@ -169,10 +179,11 @@ class Trainer:
             self.watchdog.at(self.progress.step, "ends", 0.9 * self.config.train.timeout_s)
             self.agreement.finish()
             self.checkpointer.close()
-            self._gather_skipped(log)
+            self.tally.failed_saves += self.checkpointer.failures
+            log.tally(self.tally.gathered())
             memory.finish(log)
         if self.world.is_main:
-            loss_curve(self.config.run_dir / "metrics.jsonl", self.config.run_dir / "loss.png")
+            draw_loss(self.config)
         dist.barrier()
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -199,8 +210,7 @@ class Trainer:
             ema=self.ema.at(step) if self.ema else None,
             accepts=self._accepts(step + 1, batches) if config.faults.max_bad_steps else None,
         )
-        for batch in batches:
-            self.skipped.update(batch.get("skipped", ()))
+        self.tally.read(batches)
         self._log_step(step + 1, batches, log, lr=lr, loss=result.loss, grad_norm=result.grad_norm)
         self.progress = Progress(
             step + 1,
@@ -223,11 +233,13 @@ class Trainer:
             self._good_sample = end
             return
         log.note(judge.said)
+        self.tally.passed_over += 1
         if self.comm is not None:
             self.comm.state.forget_errors()
         if judge.in_a_row >= self.config.faults.max_bad_steps:
             self.agreement.finish()
             self.checkpointer.wait()
+            self.tally.failed_saves += self.checkpointer.failures
             before = self.progress.left_out
             bad = (index_at(place, before) for place in (self._good_sample, end - 1))
             newest = self.checkpointer.newest
@@ -284,14 +296,8 @@ class Trainer:
         )
         if not self.world.is_main:
             return
-        folder = self.config.run_dir / "samples" / f"step-{step:08d}"
-        if self.recipe.save_clips:
-            self.recipe.save_clips(clips, folder)
-        scores = dict(self.recipe.score(clips, self.config.seed, folder)) if self.recipe.score else {}
-        if scores:
-            (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-        figures = "".join(f", {name} {value:.2f}" for name, value in scores.items())
-        log.note(f"step {step}: samples in {folder}{figures}")
+        with disk_faults_said(f"step {step}: samples"):
+            log.note(write_samples(self.recipe, clips, self.config, step))
 
     def _data(self) -> Iterator[Batch]:
         config, world = self.config, self.world
@@ -329,42 +335,8 @@ class Trainer:
         check_alike("data", mine)
         return mine
 
-    def _gather_skipped(self, log: NullLog) -> None:
-        everyone: list[set[tuple[str, str]]] = [set()] * self.world.size
-        dist.all_gather_object(everyone, self.skipped)
-        log.skipped(sorted(set().union(*everyone)))
-
-    def _open_log(self) -> NullLog:
-        config, world = self.config, self.world
-        total, done = config.train.steps, self.progress.step
-        if not world.is_main:
-            return NullLog(config.metrics, total_steps=total, resume_step=done)
-        return RunLog(
-            config.metrics,
-            config.run_dir,
-            total_steps=total,
-            resume_step=done,
-            device=world.device,
-            dtype=compute_dtype(config.shard, world.device.type),
-            world=world.size,
-            local_world=world.local_size,
-        )
-
-    def _write_config(self) -> None:
-        self.config.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.config.run_dir / "config.toml").write_text(to_toml(self.config))
-
     def _say_start(self, log: NullLog) -> None:
-        config, world = self.config, self.world
-        count = sum(p.numel() for p in self.model.parameters())
-        dtype = str(compute_dtype(config.shard, world.device.type)).removeprefix("torch.")
-        replicate, shard = config.mesh.sizes(world.size)
-        log.note(
-            f"{count / 1e6:.2f}M parameters on {world.size} {world.device.type} rank(s), mesh {replicate} x "
-            f"{shard} (replicate x shard), weights in {config.optim.weights}, compute in {dtype}, "
-            f"{self.accumulation} micro-batch(es) of {config.train.micro_batch} per rank and step"
-        )
-        for line in self.comm.said if self.comm else ():
-            log.note(f"comm: {line}")
+        for line in first_words(self.config, self.world, self.model, self.comm):
+            log.note(line)
         if self.progress.step:
             log.note(f"resumed at step {self.progress.step}, sample {self.progress.sample}")

@@ -21,13 +21,14 @@ from dtrain.checkpoint.config import CheckpointConfig
 from dtrain.checkpoint.folder import Progress, step_folders, sync_folder, write_manifest
 from dtrain.checkpoint.state import TrainingState
 from dtrain.checkpoint.storage import Writer
+from dtrain.faults.errors import RunFault
 
 __all__ = ["Checkpointer", "SaveFailed"]
 
 log = logging.getLogger(__name__)
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(RunFault):
     """The last checkpoint of a run could not be written."""
 
 
@@ -102,6 +103,8 @@ class Checkpointer:
         self.run_config = run_config
         self.failed = 0
         """Saves in a row that failed."""
+        self.failures = 0
+        """Saves that failed, in all."""
         self.newest: Path | None = None
         """Saved by this object."""
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -163,6 +166,7 @@ class Checkpointer:
 
     def _fail(self, progress: Progress, error: CheckpointException) -> None:
         self.failed += 1
+        self.failures += 1
         if not self.is_main:
             return
         # What is there of it takes room that the next one needs.

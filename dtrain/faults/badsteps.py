@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtrain.faults.config import FaultConfig
+from dtrain.faults.errors import RunFault
 from dtrain.mesh import mean_over
 from dtrain.step import StepResult
 
@@ -33,7 +34,7 @@ _WINDOW = 32  # losses that a jump is told by
 _NAMED = 8  # samples in a message
 
 
-class BadRun(RuntimeError):
+class BadRun(RunFault):
     """Going back did not help."""
 
 
@@ -76,14 +77,13 @@ class Judge:
     Attributes:
         losses: the same, kept where `faults.spike_factor` needs them.
         in_a_row: updates that were passed over since the last that was made.
-        passed_over: in all.
         said: about the last one.
     """
 
     def __init__(self, config: FaultConfig, mesh: DeviceMesh, losses: Iterable[float] = ()) -> None:
         self._config, self._mesh = config, mesh
         self.losses = list(losses)
-        self.in_a_row = self.passed_over = 0
+        self.in_a_row = 0
         self.said = ""
 
     def accepts(self, step: int, result: StepResult, samples: Sequence[Tensor]) -> bool:
@@ -103,7 +103,6 @@ class Judge:
                 self.losses = [*self.losses, loss][-_WINDOW:]
             return True
         self.in_a_row += 1
-        self.passed_over += 1
         where = _where(_Seen(result.losses.tolist(), [index.tolist() for index in samples]))
         self.said = f"step {step}: {fault}, the update is passed over ({self.in_a_row} in a row); {where}"
         if dist.get_rank() == 0:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from dtrain.faults.errors import RunFault
 from dtrain.local import local_part
 
 __all__ = ["ReplicaDiverged", "check_alike", "check_replicas", "code_digest"]
@@ -27,7 +28,7 @@ _FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd: no element's bits are lost
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class ReplicaDiverged(RuntimeError):
+class ReplicaDiverged(RunFault):
     """Weights that ought to be equal are not."""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from dtrain.display import Display, duration, status
+from dtrain.faults.tally import Tally
 from dtrain.flops import mfu, peak_flops, training_flops
-from dtrain.metrics import MetricsConfig, NullLog, RunLog, drop_after, read_records
+from dtrain.metrics import MetricsConfig, NullLog, RunLog
 from dtrain.plot import loss_curve, smooth
+from dtrain.records import drop_after, read_records
 
 CPU = torch.device("cpu")
 
@@ -67,7 +70,7 @@ def test_all_ranks_agree_on_what_is_due(tmp_path: Path) -> None:
     assert [null.due(s) for s in range(5, 8)] == [log.due(s) for s in range(5, 8)]
     with null as same:
         same.step(5, samples=1, loss=torch.tensor(float("nan")))
-        same.skipped([("a", "b")])
+        same.tally(Tally({("a", "b")}))
         with same.untimed():
             same.note("nothing")
         assert same.summary() == {}
@@ -151,8 +154,8 @@ def test_summary_lists_skipped_files_once_and_leaves_out_the_first_step(
         for step, seconds in enumerate([60, 2, 4], start=1):
             clock.now += seconds
             log.step(step, samples=8, loss=1 / step)
-        log.skipped([("a.mp4", "empty file"), ("b.mp4", "no video stream")])
-        log.skipped([("a.mp4", "empty file")])
+        skipped = {("b.mp4", "no video stream"), ("a.mp4", "empty file"), ("a.mp4", "no video stream")}
+        log.tally(Tally(skipped, worker_restarts=2, passed_over=1))
         log.note("path not taken")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["steps"], summary["samples"], summary["wall_s"]) == (3, 24, 66)
@@ -162,7 +165,10 @@ def test_summary_lists_skipped_files_once_and_leaves_out_the_first_step(
         {"source": "a.mp4", "reason": "empty file"},
         {"source": "b.mp4", "reason": "no video stream"},
     ]
+    assert (summary["worker_restarts"], summary["updates_passed_over"], summary["rollbacks"]) == (2, 1, 0)
     shown = capsys.readouterr().out
+    assert re.search(r"data workers restarted +│ +2", shown)
+    assert "times gone back" not in shown
     assert "step 2/3  loss 0.5000  2000.0 ms/step  4.00 clips/s" in shown
     assert "note: path not taken" in shown
     assert shown.count("a.mp4: empty file") == 1

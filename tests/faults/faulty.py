@@ -9,6 +9,7 @@ A file in `faulty.folder` remembers which have happened, whatever becomes of the
 """
 
 import os
+import resource
 import signal
 import time
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ from tests.dtrain import tiny_dit
 __all__ = ["recipe"]
 
 _FOR_EVER_S = 3600.0
+# Bytes that this rank's files may grow to: more is refused, as by a full disk.
+_DISK = {"disk_fills": 1000, "disk_empties": resource.RLIM_INFINITY}
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Faults:
         found = []
         for fault in self.table.faults:
             kind, sample, *always = fault.split()
-            if int(sample) in indices and (always or self._first(f"{kind}-{sample}")):
+            if int(sample) in indices and (self._first(f"{kind}-{sample}") or always):
                 found.append(kind)
         return found
 
@@ -121,8 +124,8 @@ def _happen(kind: str, loss: Tensor) -> Tensor:
         os.kill(os.getpid(), signals[kind])
     elif kind == "hang":
         time.sleep(_FOR_EVER_S)
-    elif kind == "raise":
-        raise RuntimeError("a fault of the model")
+    elif kind in _DISK:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (_DISK[kind], resource.RLIM_INFINITY))
     elif kind == "huge":
         return loss * 1e4
     elif kind in ("nan", "inf"):

@@ -2,8 +2,10 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,8 +13,11 @@ from dtrain.checkpoint import step_folders
 from tests.checkpoints import all_tensors
 from tests.launch import torchrun
 
-__all__ = ["Run", "assert_same_weights"]
+__all__ = ["BATCH", "Run", "Tell", "assert_same_weights"]
 
+Tell = Callable[..., None]  # see the fixture `told`
+
+BATCH = 4  # global
 CONFIG = """
 recipe = "tests.faults.faulty:recipe"
 output = "{output}"
@@ -62,13 +67,21 @@ class Run:
         self, *faults: str, sets: tuple[str, ...] = (), restarts: int = 0, check: bool = True
     ) -> "subprocess.CompletedProcess[str]":
         """To the end, or to where a fault ends it."""
-        config = self.folder / f"{self.name}.toml"
-        self.path.mkdir(parents=True, exist_ok=True)
-        config.write_text(CONFIG.format(output=self.folder) + f"faults = {json.dumps(faults)}\n")
-        settings = [f"name={self.name}", f"faulty.folder={self.path}", *sets]
+        config, settings = self.config(*faults), self.settings(*sets)
         words = [word for setting in settings for word in ("--set", setting)]
         options = ("--max-restarts", str(restarts)) if restarts else ()
         return torchrun(self.ranks, *options, "-m", "dtrain", "train", config, *words, check=check)
+
+    def config(self, *faults: str) -> Path:
+        """Written to its file."""
+        file = self.folder / f"{self.name}.toml"
+        self.path.mkdir(parents=True, exist_ok=True)
+        file.write_text(CONFIG.format(output=self.folder) + f"faults = {json.dumps(faults)}\n")
+        return file
+
+    def settings(self, *sets: str) -> list[str]:
+        """Of this run, beside the file."""
+        return [f"name={self.name}", f"faulty.folder={self.path}", *sets]
 
     @property
     def steps(self) -> list[int]:
@@ -76,14 +89,41 @@ class Run:
         return [int(path.name.removeprefix("step-")) for path in step_folders(self.path / "checkpoints")]
 
     @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").open()]
+
+    @property
     def notes(self) -> list[str]:
-        lines = (json.loads(line) for line in (self.path / "metrics.jsonl").open())
-        return [line["note"] for line in lines if "note" in line]
+        return [line["note"] for line in self.lines if "note" in line]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        return found
+
+    def seconds_to_save(self, fault: str, step: int) -> float:
+        """From a fault until the checkpoint of a step is on the disk."""
+        sums = self.path / "checkpoints" / f"step-{step:08d}" / "SHA256SUMS"
+        return round(sums.stat().st_mtime - self._since(fault), 1)
+
+    def recovery(self, fault: str) -> dict[str, Any]:
+        """Of a fault such as "kill 30": steps trained again, and seconds until its step was done."""
+        since, step = self._since(fault), int(fault.split()[1]) // BATCH + 1
+        after = [line for line in self.lines if line["time"] > since]
+        resumed = next((n["note"].split()[3] for n in after if n.get("note", "").startswith("resumed")), None)
+        done = next(line["time"] for line in after if line.get("step", 0) >= step)
+        lost = step - 1 - int(resumed.rstrip(",")) if resumed else 0
+        return {"steps_lost": lost, "seconds": round(done - since, 1)}
+
+    def _since(self, fault: str) -> float:
+        kind, sample = fault.split()[:2]
+        return (self.path / f"{kind}-{sample}").stat().st_mtime
 
 
-def assert_same_weights(run: Run, other: Run, step: int = 20) -> None:
-    """Bit for bit: weights, moments, averages and whatever else a checkpoint holds."""
+def assert_same_weights(run: Run, other: Run, step: int = 20) -> int:
+    """Bit for bit: weights, moments, averages and whatever else a checkpoint holds; how many tensors."""
     folders = [each.path / "checkpoints" / f"step-{step:08d}" for each in (run, other)]
     mine, theirs = map(all_tensors, folders)
     assert mine.keys() == theirs.keys()
     assert not [name for name in mine if not torch.equal(mine[name], theirs[name])]
+    return len(mine)

@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from benchmarks.environment import origin
 from dtrain.checkpoint import read_progress, step_folders
-from dtrain.metrics import read_records
+from dtrain.records import read_records
 from tests.faults.runs import Run, assert_same_weights
 from tests.faults.test_checkpoints import HARM
 

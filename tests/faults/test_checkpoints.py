@@ -1,12 +1,10 @@
 """Checkpoints that were damaged, cut short or could not be written: nothing of them is loaded silently."""
 
 import logging
-import os
 import random
 import resource
-import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from dtrain.checkpoint.storage import TENSORS, Reader
 from dtrain.checkpoint.verify import verify
 from tests.checkpoints import all_tensors
 from tests.dtrain.test_checkpoint import progress, training_state
+from tests.faults.harm import HARM, cut, flip
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 
@@ -48,58 +47,6 @@ def saved(tmp_path: Path, single_process_group: None) -> Path:
         saver.save(state, progress(step))
     saver.close()
     return tmp_path
-
-
-def flip(file: Path, draw: random.Random) -> None:
-    content = bytearray(file.read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    file.write_bytes(content)
-
-
-def cut(file: Path, draw: random.Random) -> None:
-    os.truncate(file, draw.randrange(file.stat().st_size))
-
-
-def cut_at_a_line(file: Path, draw: random.Random) -> None:
-    content = file.read_bytes()
-    places = [place for place, byte in enumerate(content) if byte == 10 and place + 1 < len(content)]
-    os.truncate(file, draw.choice(places) + 1 if places else 0)
-
-
-def lengthen(file: Path, draw: random.Random) -> None:
-    with file.open("ab") as out:
-        out.write(draw.randbytes(draw.randint(1, 64)))
-
-
-def blank(file: Path, draw: random.Random) -> None:
-    """A block that the disk never wrote."""
-    content = bytearray(file.read_bytes())
-    start = draw.randrange(len(content))
-    stop = min(len(content), start + draw.choice((1, 64, 4096)))
-    content[start:stop] = bytes(stop - start) if any(content[start:stop]) else b"\1" * (stop - start)
-    file.write_bytes(content)
-
-
-def remove(file: Path, draw: random.Random) -> None:
-    file.unlink()
-
-
-def replace(file: Path, draw: random.Random) -> None:
-    """By another file of the same checkpoint."""
-    others = [path for path in file.parent.iterdir() if path.name != file.name]
-    shutil.copy(draw.choice(others), file)
-
-
-HARM: list[Callable[[Path, random.Random], None]] = [
-    flip,
-    flip,
-    cut,
-    cut_at_a_line,
-    lengthen,
-    blank,
-    remove,
-    replace,
-]
 
 
 def test_no_alteration_goes_unseen(saved: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import uvit
-from dtrain.metrics import read_records
+from dtrain.records import read_records
 from tests.launch import run_python
 
 pytestmark = pytest.mark.gpu
