@@ -24,6 +24,8 @@ from benchmarks.studies import tables
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(markup=False, highlight=False)
+
+_DOCUMENTS = [Path("README.md"), Path("docs/reliability.md")]
 SCHEMA = Path(__file__).parent / "schema.json"
 
 
@@ -60,28 +62,37 @@ def run(
 
 @app.command()
 def report(
-    readme: Annotated[Path, typer.Option(help="Document with benchmark markers")] = Path("README.md"),
+    readme: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Document with benchmark markers; repeatable",
+            show_default="README.md and docs/reliability.md",
+        ),
+    ] = None,
     html: Annotated[Path, typer.Option(help="Page to write")] = Path("build/benchmarks.html"),
     results: Annotated[Path, typer.Option(help="Folder of result files")] = RESULTS,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit code 1 if README is behind.")
+        bool, typer.Option("--check", help="Write nothing; exit code 1 if a document is behind.")
     ] = False,
 ) -> None:
-    """Render the newest result of each case into README's tables and an HTML page."""
-    newest = latest(results)
-    before = readme.read_text("utf-8")
-    after = render(before, newest, tables(results))
-    for name in unmarked(before, newest):
-        console.print(f"{name}: recorded, but {readme} has no <!-- benchmarks:{name}:start --> for it")
+    """Render the newest results into the tables of documents, and of each case into an HTML page."""
+    newest, studies, documents = latest(results), tables(results), readme or _DOCUMENTS
+    before = {document: document.read_text("utf-8") for document in documents}
+    after = {document: render(text, newest, studies) for document, text in before.items()}
+    for name in unmarked("".join(before.values()), newest):
+        console.print(f"{name}: recorded, but no document has <!-- benchmarks:{name}:start --> for it")
     if check:
-        console.print(
-            f"{readme}: {'up to date' if after == before else 'behind; run `python -m benchmarks report`'}"
-        )
+        for document in documents:
+            current = after[document] == before[document]
+            console.print(
+                f"{document}: {'up to date' if current else 'behind; run `python -m benchmarks report`'}"
+            )
         raise typer.Exit(int(after != before))
-    readme.write_text(after, "utf-8")
+    for document, rendered in after.items():
+        document.write_text(rendered, "utf-8")
     html.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(page(newest), "utf-8")
-    console.print(f"wrote {readme} and {html}")
+    console.print(f"wrote {', '.join(map(str, documents))} and {html}")
 
 
 @app.command()

@@ -5,11 +5,12 @@ benchmarks:soak     results/faults/soak.json     a long run that meets many, `py
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.record import Measured, read_record
+from benchmarks.text import table_row
 
 __all__ = [
     "VERSION",
@@ -87,13 +88,13 @@ def read_soak(path: Path) -> Soak:
 
 def fault_table(runs: FaultRuns) -> Iterator[str]:
     """Markdown, a row a fault."""
-    yield _row(["fault", "what happened", "steps trained again", "seconds", "weights at the end"])
-    yield _row(["---", "---", "---:", "---:", "---"])
+    yield table_row(["fault", "what happened", "steps trained again", "seconds", "weights at the end"])
+    yield table_row(["---", "---", "---:", "---:", "---"])
     same = {True: "equal, bit for bit", False: "others", None: ""}
     for met in runs.met:
         lost = "" if met.steps_lost is None else str(met.steps_lost)
         seconds = "" if met.seconds is None else f"{met.seconds:.1f}"
-        yield _row([met.fault, met.outcome, lost, seconds, same[met.same_weights]])
+        yield table_row([met.fault, met.outcome, lost, seconds, same[met.same_weights]])
 
 
 def soak_table(soak: Soak) -> Iterator[str]:
@@ -117,10 +118,6 @@ def soak_table(soak: Soak) -> Iterator[str]:
         ),
         ("tensors equal at the end, bit for bit", f"{soak.compared} of {soak.compared}"),
     ]
-    yield _row(["a soak", ""])
-    yield _row(["---", "---:"])
-    yield from map(_row, rows)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield table_row(["a soak", ""])
+    yield table_row(["---", "---:"])
+    yield from map(table_row, rows)

@@ -53,7 +53,11 @@ def table(result: Result) -> str:
     metrics = list(result.contestants[result.baseline])
     header = [result.title, *(text.title(metric) for metric in metrics)]
     rows = [[name, *_cells(result, name, metrics)] for name in result.contestants]
-    lines = [_row(header), _row(["---", *("---:" for _ in metrics)]), *map(_row, rows)]
+    lines = [
+        text.table_row(header),
+        text.table_row(["---", *("---:" for _ in metrics)]),
+        *map(text.table_row, rows),
+    ]
     notes = [text.floor(result), text.gates(result), f"{text.provenance(result)}; `{result.command}`"]
     return "\n".join([*lines, "", "<sub>" + "<br>".join(notes) + "</sub>", ""])
 
@@ -68,10 +72,6 @@ def _cells(result: Result, name: str, metrics: list[str]) -> list[str]:
             gain = f"**{gain}**"
         cells.append(text.quantity(m.value, m.unit) + ("" if name == result.baseline else f"<br>{gain}"))
     return cells
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def ratio_of(result: Result, contestant: str, metric: str) -> Ratio | None:

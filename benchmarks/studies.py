@@ -1,4 +1,4 @@
-"""README tables of the benchmarks that are no cases: the limited link, kept accuracy, the memory ladder.
+"""Tables of what is measured and no case: the limited link, kept accuracy, the memory ladder, faults.
 
 Their result files lie in folders of their own and fill markers like a case's:
 
@@ -6,6 +6,7 @@ Their result files lie in folders of their own and fill markers like a case's:
     benchmarks:accuracy           results/accuracy/accuracy.json         communication of fewer bits
     benchmarks:memory-accuracy    results/accuracy/memory/accuracy.json  memory of fewer bits
     benchmarks:ladder             results/ladder/ladder.json
+    benchmarks:faults, soak       results/faults/faults.json, soak.json  runs into which faults were injected
 """
 
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from benchmarks.accuracy.study import Comparison, Study
 from benchmarks.accuracy.study import read as read_study
 from benchmarks.accuracy.variants import BASELINE, VARIANTS
+from benchmarks.faults import fault_table, read_faults, read_soak, soak_table
 from benchmarks.ladder.result import Ladder, Row
 from benchmarks.ladder.result import read as read_ladder
 from benchmarks.ladder.rungs import RUNGS
@@ -27,6 +29,7 @@ from benchmarks.link.table import break_even_words
 from benchmarks.link.workload import BASELINES
 from benchmarks.record import Measured, Origin
 from benchmarks.result import RESULTS
+from benchmarks.text import table_row
 
 __all__ = ["tables"]
 
@@ -41,14 +44,20 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
             found[marker] = "\n".join(_accuracy(read_study(file)))
     if (file := folder / "ladder" / "ladder.json").is_file():
         found["ladder"] = "\n".join(_ladder(read_ladder(file)))
+    if (file := folder / "faults" / "faults.json").is_file():
+        runs = read_faults(file)
+        found["faults"] = "\n".join([*fault_table(runs), "", _notes([], runs)])
+    if (file := folder / "faults" / "soak.json").is_file():
+        soak = read_soak(file)
+        found["soak"] = "\n".join([*soak_table(soak), "", _notes([], soak)])
     return found
 
 
 def _link(run: LinkRun) -> Iterator[str]:
     rates = [rate_name(rate.asked_bits_per_s) for rate in run.rates]
     size = f"{run.parameters / 1e6:.0f}M parameters, {run.hosts} hosts"
-    yield _row([f"a training step, {size}", "bytes a parameter", "of FSDP2 in bf16", *rates, "pays"])
-    yield _row(["---", *("---:" for _ in range(len(rates) + 3))])
+    yield table_row([f"a training step, {size}", "bytes a parameter", "of FSDP2 in bf16", *rates, "pays"])
+    yield table_row(["---", *("---:" for _ in range(len(rates) + 3))])
     for name in run.rates[0].variants:
         by_rate = [rate.variants[name] for rate in run.rates]
         fit = run.fits.get(name)
@@ -56,7 +65,7 @@ def _link(run: LinkRun) -> Iterator[str]:
         chosen = sorted({v.preset for v in by_rate})
         label = f"auto ({', '.join(chosen)})" if name == "auto" else name
         sizes = [f"{by_rate[0].sent_per_parameter:.2f}", f"×{by_rate[0].of_formula:.3f}"]
-        yield _row([label, *(sizes if name != "auto" else ["", ""]), *map(_step, by_rate), pays])
+        yield table_row([label, *(sizes if name != "auto" else ["", ""]), *map(_step, by_rate), pays])
     yield ""
     notes = [
         "Step until the slowest host has finished; gain over the faster of fsdp2-bf16 and bf16 in the same "
@@ -77,10 +86,10 @@ def _accuracy(study: Study) -> Iterator[str]:
     compared = [c for c in study.comparisons if c.weights == "masters" and c.mean is not None]
     seeds, steps = len(study.settings.seeds), study.settings.steps
     title = f"held-out loss after {steps:,} steps, {seeds} seeds, {study.settings.ranks} ranks"
-    yield _row([title, "mean", f"over {BASELINE}", "in ranges of its seeds", "worst seed", "verdict"])
-    yield _row(["---", *("---:" for _ in range(4)), "---"])
+    yield table_row([title, "mean", f"over {BASELINE}", "in ranges of its seeds", "worst seed", "verdict"])
+    yield table_row(["---", *("---:" for _ in range(4)), "---"])
     first = compared[0]
-    yield from (_row(_cells(c, first.mean)) for c in compared)
+    yield from (table_row(_cells(c, first.mean)) for c in compared)
     yield ""
     sent = any(VARIANTS[name].comm.preset != "none" for name in study.outcomes)
     compressed = f", {study.compressed:.1%} of them compressed" if sent else ""
@@ -125,18 +134,20 @@ def _ladder(ladder: Ladder) -> Iterator[str]:
     by_size = {(rungs["B1"].workload, rungs["B1"].world): rungs for rungs in found}
     rungs = by_size[_HEADLINE]
     title = f"{WORKLOADS[_HEADLINE[0]].title}, a GPU of {_HEADLINE[1]}"
-    yield _row([title, "GiB", *(f"of {base}" for base in LADDER_BASELINES), "step, of B4"])
-    yield _row(["---", *("---:" for _ in range(len(LADDER_BASELINES) + 2))])
+    yield table_row([title, "GiB", *(f"of {base}" for base in LADDER_BASELINES), "step, of B4"])
+    yield table_row(["---", *("---:" for _ in range(len(LADDER_BASELINES) + 2))])
     for row in rungs.values():
         label = f"{row.rung}: {RUNGS[row.rung].title}{' *' if RUNGS[row.rung].rounds else ''}"
         shares = [f"{row.peak_bytes / rungs[base].peak_bytes:.0%}" for base in LADDER_BASELINES]
-        yield _row([label, f"{row.peak_bytes / _GIB:.1f}", *shares, f"{row.step_s / rungs['B4'].step_s:.2f}"])
+        yield table_row(
+            [label, f"{row.peak_bytes / _GIB:.1f}", *shares, f"{row.step_s / rungs['B4'].step_s:.2f}"]
+        )
     yield ""
-    yield _row(["a GPU of 8, GiB", *LADDER_BASELINES, "least, exact", "of B2", "least *", "of B2"])
-    yield _row(["---", *("---:" for _ in range(len(LADDER_BASELINES) + 4))])
+    yield table_row(["a GPU of 8, GiB", *LADDER_BASELINES, "least, exact", "of B2", "least *", "of B2"])
+    yield table_row(["---", *("---:" for _ in range(len(LADDER_BASELINES) + 4))])
     for (workload, world), rungs in by_size.items():
         if world == _HEADLINE[1]:
-            yield _row([WORKLOADS[workload].title, *_ends(rungs, ladder)])
+            yield table_row([WORKLOADS[workload].title, *_ends(rungs, ladder)])
     yield ""
     notes = [
         f"Planned for {ladder.gpu}, not measured; steps are estimates ({ladder.assumed}). "
@@ -170,7 +181,3 @@ def _notes(notes: Iterable[str], run: Origin) -> str:
         + "<br>".join([*notes, f"{machine}{torch}, {state}, {run.date[:10]}; `{repeat}`"])
         + "</sub>\n"
     )
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -1,5 +1,7 @@
 """Numbers, as people read them; used by the tables, the page and the terminal alike."""
 
+from collections.abc import Iterable
+
 from benchmarks.result import Measurement, Ratio, Result
 
 _SCALES = {
@@ -14,6 +16,11 @@ def quantity(value: float, unit: str) -> str:
         if abs(value) >= scale:
             return f"{_digits(value / scale)} {name}"
     return f"{_digits(value)} {unit}"
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """Of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _digits(value: float) -> str:

@@ -1,60 +1,38 @@
 """A soak: a run that meets a random fault every few steps ends with the weights of one that meets none.
 
-    python -m tests.faults.soak --steps 1000 --every 50 --out build/soak
+    python -m tests.faults.soak --steps 1000 --every 50 --json benchmarks/results/faults/soak.json
 
-Two ranks under torchrun train the tiny DiT. Ranks are killed, asked to stop, and hang; checkpoints are
-damaged between two lives of the run; some samples are NaN, for the undisturbed run too, which passes over the
-same updates. What happened, and what it cost, goes to OUT/soak.json.
+Two ranks under torchrun train the tiny DiT. Ranks are killed, asked to stop, hang and are stopped; some
+checkpoints are damaged between two lives of the run; some samples are NaN, for the undisturbed run too, which
+passes over the same updates.
 """
 
 import argparse
-import json
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.progress import Progress
 
-from benchmarks.environment import origin
-from dtrain.checkpoint import read_progress, step_folders
+from benchmarks.environment import measured_on
+from benchmarks.faults import Life, Soak, soak_table
+from benchmarks.record import write_record
+from dtrain.checkpoint import step_folders
 from dtrain.records import read_records
-from tests.faults.runs import Run, assert_same_weights
-from tests.faults.test_checkpoints import HARM
+from tests.faults.harm import HARM
+from tests.faults.runs import BATCH, Run, assert_same_weights
 
 __all__ = ["main", "soak"]
 
-_BATCH = 4
-_KINDS = ("kill", "term", "hang", "stop")
+KINDS = ("kill", "term", "hang", "stop")
 _DAMAGE = 0.3  # of the lives begin with a damaged checkpoint
+_FIRST = 8  # steps without a fault, so that there is a checkpoint
 
 
-@dataclass(frozen=True)
-class Life:
-    """From a start of torchrun to its end.
-
-    Attributes:
-        began, ended: steps; it began at a checkpoint.
-        fault: that ended it, "" if none did.
-        exit_status: of torchrun.
-        damaged: what was done to the newest checkpoint before.
-        seconds: that it took.
-        lost: steps of the life before that had to be trained again.
-    """
-
-    began: int
-    ended: int
-    fault: str
-    exit_status: int
-    damaged: str
-    seconds: float
-    lost: int
-
-
-def soak(folder: Path, steps: int, every: int, seed: int) -> list[Life]:
+def soak(folder: Path, steps: int, every: int, seed: int, argv: Sequence[str] = ()) -> Soak:
     """Train with faults and without; raises AssertionError where anything differs.
 
     Args:
@@ -62,43 +40,61 @@ def soak(folder: Path, steps: int, every: int, seed: int) -> list[Life]:
         steps: of each.
         every: steps between faults, on average.
         seed: of the faults.
+        argv: of the command, for the record.
     """
-    draw = random.Random(seed)
+    origin, draw = measured_on("cpu", "tests.faults.soak", argv), random.Random(seed)
     count = max(1, steps // every)
-    samples = draw.sample(range(8 * _BATCH, steps * _BATCH), 2 * count)
-    nan = [f"nan {sample} always" for sample in samples[: max(1, count // 5)]]
-    faults = [f"{draw.choice(_KINDS)} {sample}" for sample in samples[max(1, count // 5) :][:count]]
+    of_nan = max(1, count // 5)
+    samples = draw.sample(range(_FIRST * BATCH, steps * BATCH), of_nan + count)
+    nan = [f"nan {sample} always" for sample in samples[:of_nan]]
+    # Each kind as often as the others, at random places.
+    faults = [f"{KINDS[number % len(KINDS)]} {sample}" for number, sample in enumerate(samples[of_nan:])]
     sets = (f"train.steps={steps}", "faults.hang_s=10", "metrics.progress=none", "optim.warmup_steps=100")
-    calm = Run(folder, "undisturbed")
+    calm, start = Run(folder, "undisturbed"), time.perf_counter()
     calm.train(*nan, sets=sets)
+    calm_s = time.perf_counter() - start
     run, lives = Run(folder, "soak"), list[Life]()
     with Progress() as bar:
         task = bar.add_task("steps", total=steps)
-        while not lives or lives[-1].ended < steps:
+        while not lives or lives[-1].exit_status or lives[-1].ended < steps:
             lives.append(_live(run, [*nan, *faults], sets, lives, draw))
             bar.update(task, completed=lives[-1].ended)
             if len(lives) > 3 * count + 3:
                 raise AssertionError(f"{len(lives)} lives, and not at the end: {lives[-1]}")
-    assert_same_weights(run, calm, steps)
-    return lives
+    happened = {name.replace("-", " ") for life in lives for name in life.faults}
+    if happened != set(faults):
+        raise AssertionError(f"never happened: {set(faults) - happened}")
+    return Soak(
+        **origin,
+        steps=steps,
+        ranks=run.ranks,
+        passed_over=sum("passed over" in note for note in calm.notes),
+        lives=tuple(lives),
+        compared=assert_same_weights(run, calm, steps),
+        undisturbed_s=round(calm_s, 1),
+    )
 
 
 def _live(
     run: Run, faults: Sequence[str], sets: tuple[str, ...], lives: Sequence[Life], draw: random.Random
 ) -> Life:
     damaged = _damage(run, draw) if draw.random() < _DAMAGE else ""
-    before = {path.name for path in run.path.glob("*-*")}
+    before = _met(run)
     start = time.perf_counter()
     done = run.train(*faults, sets=sets, check=False)
     seconds = time.perf_counter() - start
-    happened = sorted({path.name for path in run.path.glob("*-*")} - before)
-    fault = ", ".join(name for name in happened if name.split("-")[0] in _KINDS and "-0" not in name)
-    records = read_records(run.path / "metrics.jsonl")
+    met = tuple(sorted(_met(run) - before, key=lambda name: int(name.split("-")[1])))
     began = _began(run.notes)
-    lost = lives[-1].ended - began if lives else 0
-    if done.returncode and not fault:
+    ended = read_records(run.path / "metrics.jsonl")[-1]["step"]
+    if done.returncode and not met:
         raise AssertionError(f"ended with {done.returncode} and no fault: {done.stderr[-3000:]}")
-    return Life(began, records[-1]["step"], fault, done.returncode, damaged, round(seconds, 1), lost)
+    lost = lives[-1].ended - began if lives else 0
+    return Life(began, ended, met, done.returncode, damaged, round(seconds, 1), lost)
+
+
+def _met(run: Run) -> set[str]:
+    """Faults that have happened, such as "kill-77", in the order of their samples."""
+    return {file.name for kind in KINDS for file in run.path.glob(f"{kind}-*") if file.is_file()}
 
 
 def _began(notes: Sequence[str]) -> int:
@@ -126,21 +122,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--every", type=int, default=50, help="steps between faults, on average")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
-    parser.add_argument("--out", type=Path, default=Path("build/soak"))
+    parser.add_argument("--json", type=Path, required=True, help="the result file")
     arguments = parser.parse_args(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    folder = arguments.out.resolve()
-    lives = soak(folder, arguments.steps, arguments.every, arguments.seed)
-    newest = read_progress(step_folders(folder / "soak" / "checkpoints")[-1])
-    record: dict[str, Any] = {
-        **origin("tests.faults.soak", sys.argv[1:] if argv is None else argv),
-        "steps": newest.step,
-        "lives": [asdict(life) for life in lives],
-        "same_weights": True,
-    }
-    (folder / "soak.json").write_text(json.dumps(record, indent=1) + "\n")
-    for life in lives:
-        print(life)
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        words = sys.argv[1:] if argv is None else argv
+        found = soak(Path(folder), arguments.steps, arguments.every, arguments.seed, words)
+    write_record(found, arguments.json)
+    print("\n".join(soak_table(found)))
     return 0
 
 
