@@ -67,7 +67,7 @@ def train(
     package = loaded.recipe.partition(":")[0].partition(".")[0]
     _set_up_logging("dtrain", package)
     if dry_run:
-        from dtrain.describe import show_rows
+        from dtrain.config.describe import show_rows
         from dtrain.dist import environment_world_size
         from dtrain.dryrun import dry_run as plan
 
@@ -102,7 +102,7 @@ def plan(
         python -m dtrain plan run.toml --gpus 8 --set activations.policy=full --fit
     """
     from dtrain.config import load
-    from dtrain.describe import show_rows
+    from dtrain.config.describe import show_rows
     from dtrain.plan.command import plan as make
 
     with _reported(ValueError):
@@ -136,8 +136,8 @@ def sample(
 
     python -m dtrain sample runs/demo --count 8 --option steps=50
     """
+    from dtrain.config.toml import parse_value
     from dtrain.sampling import sample as draw
-    from dtrain.toml import parse_value
 
     with _reported(ValueError, FileNotFoundError):
         settings = {name: parse_value(value) for name, value in map(_pair, options or [])}
@@ -171,7 +171,7 @@ def verify(
     python -m dtrain verify runs/demo
     """
     from dtrain.checkpoint.verify import verify as check
-    from dtrain.describe import show_rows
+    from dtrain.config.describe import show_rows
 
     with _reported(FileNotFoundError):
         rows, intact = check(folder)
@@ -208,7 +208,7 @@ def config(
     python -m dtrain config --toml run.toml
     """
     from dtrain.config import load, to_toml
-    from dtrain.describe import show_fields
+    from dtrain.config.describe import show_fields
 
     with _reported(ValueError):
         if toml is not None:

@@ -6,8 +6,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtrain.config import RunConfig
 from dtrain.parallelize import ParallelConfig, parallelize
-from dtrain.precision import convert_weights
 from dtrain.recipe import Recipe
+from dtrain.sharding.precision import convert_weights
 
 __all__ = ["build_sharded"]
 

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import ProcessException, spawn
 
-from dtrain.telemetry import nvml_state
+from dtrain.metrics.telemetry import nvml_state
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """What a run would be, without running it: the model on meta, one batch of data, and bytes by arithmetic.
 
-FSDP2 splits each parameter along one dim (`dtrain.placement`) into equal chunks, the last ones short or
-empty, so rank 0 of a shard group holds the most of any rank.
+FSDP2 splits each parameter along one dim (`dtrain.sharding.placement`) into equal chunks, the last ones
+short or empty, so rank 0 of a shard group holds the most of any rank.
 """
 
 import math
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dtrain.adamw import Moments, has_codes
 from dtrain.blocks import find_blocks
 from dtrain.comm.config import Scheme, scheme_of
 from dtrain.config import RunConfig, build_recipe, check_world
-from dtrain.flops import training_flops
 from dtrain.kernels.adamw import moments_bytes
-from dtrain.placement import shard_numel
-from dtrain.precision import DTYPES, Precision, convert_weights
+from dtrain.metrics.flops import training_flops
+from dtrain.optim import Moments, has_codes
 from dtrain.recipe import DataState, Recipe
+from dtrain.sharding.placement import shard_numel
+from dtrain.sharding.precision import DTYPES, Precision, convert_weights
 from dtrain.swap.attention import swap_attention
 from dtrain.swap.fusion import swap_fused
 
@@ -44,7 +44,7 @@ def state_bytes(
 
     Args:
         model: unsharded, may be on meta; its parameters have the dtype of their shards, see
-            `dtrain.precision.convert_weights`.
+            `dtrain.sharding.precision.convert_weights`.
         shard: size of the mesh's shard axis.
         ema: whether averages are kept.
         moments: how AdamW keeps its own.

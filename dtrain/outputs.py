@@ -9,10 +9,10 @@ from dtrain.comm import Comm
 from dtrain.config import RunConfig, to_toml
 from dtrain.dist import World
 from dtrain.metrics import NullLog, RunLog
-from dtrain.plot import loss_curve
+from dtrain.metrics.plot import loss_curve
+from dtrain.metrics.records import disk_faults_said
 from dtrain.recipe import Clip, Recipe
-from dtrain.records import disk_faults_said
-from dtrain.shard import compute_dtype
+from dtrain.sharding.shard import compute_dtype
 
 __all__ = ["draw_loss", "first_words", "open_log", "write_config", "write_samples"]
 

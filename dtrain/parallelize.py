@@ -16,7 +16,7 @@ from dtrain.activations.policy import ActivationConfig, apply_activation_policy
 from dtrain.activations.region import Outside
 from dtrain.blocks import find_blocks
 from dtrain.comm import CommConfig, attach
-from dtrain.shard import ShardConfig, shard
+from dtrain.sharding.shard import ShardConfig, shard
 from dtrain.swap.attention import AttentionConfig, swap_attention
 from dtrain.swap.fusion import FusionConfig, swap_fused
 

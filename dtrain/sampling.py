@@ -12,8 +12,8 @@ from torch import nn
 from dtrain.checkpoint import find_checkpoint
 from dtrain.config import build_recipe, load
 from dtrain.dist import World
-from dtrain.ema import EMA
 from dtrain.export import read_weights
+from dtrain.optim import EMA
 from dtrain.recipe import Clip, Recipe, SampleRequest
 
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from dtrain.adamw import AdamW
-from dtrain.ema import Average
-from dtrain.norm import gradient_norm
+from dtrain.optim import AdamW, Average, gradient_norm
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import SampleRNG, seed_everything
 

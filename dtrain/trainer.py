@@ -29,24 +29,24 @@ from dtrain.comm import attached
 from dtrain.config import RunConfig, build_recipe, check_world, to_toml
 from dtrain.data import index_at, leave_out
 from dtrain.dist import World, environment_world_size, process_group
-from dtrain.ema import EMA
 from dtrain.faults.agreement import Agreement
 from dtrain.faults.badsteps import BadRun, Judge, RollBack
 from dtrain.faults.replicas import check_alike, check_replicas, code_digest
 from dtrain.faults.signals import StopSignals
 from dtrain.faults.tally import Tally
 from dtrain.faults.watchdog import Watchdog
-from dtrain.flops import training_flops
-from dtrain.memory import MemoryReport
-from dtrain.mesh import build_mesh, mean_over
 from dtrain.metrics import NullLog
+from dtrain.metrics.flops import training_flops
+from dtrain.metrics.memory import MemoryReport
+from dtrain.metrics.records import disk_faults_said
 from dtrain.optim import build_optimizer, set_learning_rate
+from dtrain.optim.ema import EMA
 from dtrain.outputs import draw_loss, first_words, open_log, write_config, write_samples
 from dtrain.recipe import Batch, DataState, Recipe
-from dtrain.records import disk_faults_said
 from dtrain.rng import seed_everything
 from dtrain.sampling import draw_clips
-from dtrain.shard import to_empty
+from dtrain.sharding.mesh import build_mesh, mean_over
+from dtrain.sharding.shard import to_empty
 from dtrain.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ import uvit
 from dtrain.config import override
 from dtrain.data import loader
 from dtrain.dist import environment_rank
-from dtrain.init import fill_parameters
 from dtrain.recipe import Batch, Clip, DataState, Recipe, SampleRequest
 from dtrain.rng import SampleRNG
+from dtrain.sharding.init import fill_parameters
 from uvit.captions import text_encoder
 from uvit.clips import ClipDataset, DataConfig, collate, to_frames
 from uvit.config import UViTConfig, patch_grid

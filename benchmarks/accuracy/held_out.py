@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.accuracy.clips import Clips
 from benchmarks.accuracy.settings import Settings
-from dtrain.mesh import mean_over
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import SampleRNG
+from dtrain.sharding.mesh import mean_over
 
 __all__ = ["HeldOut", "whole"]
 

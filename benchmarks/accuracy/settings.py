@@ -9,8 +9,7 @@ forward and again for the backward as large blocks are.
 
 from dataclasses import dataclass, field
 
-from dtrain.ema import EMAConfig
-from dtrain.optim import OptimConfig
+from dtrain.optim import EMAConfig, OptimConfig
 from dtrain.recipe import Recipe
 from uvit.clips import DataConfig
 from uvit.config import UViTConfig

@@ -21,11 +21,10 @@ from benchmarks.accuracy.variants import Variant
 from dtrain.activations.policy import ActivationConfig, apply_activation_policy, stash_meter
 from dtrain.blocks import find_blocks
 from dtrain.comm import Comm, attach
-from dtrain.ema import EMA
-from dtrain.optim import build_optimizer, set_learning_rate
-from dtrain.precision import convert_weights
+from dtrain.optim import EMA, build_optimizer, set_learning_rate
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import seed_everything
+from dtrain.sharding.precision import convert_weights
 from dtrain.step import accumulate_gradients
 
 __all__ = ["Scene", "train"]

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from dtrain.activations.policy import ActivationConfig
-from dtrain.adamw import Moments
 from dtrain.comm import CommConfig
-from dtrain.ema import EMAConfig
-from dtrain.optim import OptimConfig
-from dtrain.precision import Precision
+from dtrain.optim import EMAConfig, Moments, OptimConfig
+from dtrain.sharding.precision import Precision
 
 __all__ = ["BASELINE", "VARIANTS", "Variant", "chosen"]
 
@@ -24,7 +22,7 @@ class Variant:
         comm: the collectives; a study sets its own `exact_below`.
         ablation: a preset without a part of it.
         extra: trained only where it is asked for by name.
-        moments, weights, average: how they are kept, see `dtrain.precision`.
+        moments, weights, average: how they are kept, see `dtrain.sharding.precision`.
         activations: what blocks keep for their backward.
     """
 

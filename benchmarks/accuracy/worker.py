@@ -15,7 +15,7 @@ from benchmarks.accuracy.training import Scene, train
 from benchmarks.accuracy.variants import VARIANTS, Variant
 from benchmarks.schema import decode
 from dtrain.dist import process_group
-from dtrain.mesh import MeshConfig, build_mesh
+from dtrain.sharding.mesh import MeshConfig, build_mesh
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,9 @@ from benchmarks.sweep.contest import contest
 from benchmarks.sweep.draw import draws
 from benchmarks.sweep.errors import relative_error
 from benchmarks.sweep.plan import OURS, LeftOut, Plan
-from dtrain.adamw import AdamW, Moments, has_codes
-from dtrain.ema import Average
 from dtrain.kernels.adamw import update_bytes
-from dtrain.placement import placement
+from dtrain.optim import AdamW, Average, Moments, has_codes
+from dtrain.sharding.placement import placement
 from uvit import UViT
 
 __all__ = ["Averaging", "Shards", "Update", "adamw_plans"]

@@ -29,9 +29,8 @@ from benchmarks.sweep.contest import EAGER, contest
 from benchmarks.sweep.draw import draws
 from benchmarks.sweep.errors import worst_error
 from benchmarks.sweep.plan import COMPILE, NOT_REHEARSED, OURS, LeftOut, Plan
-from dtrain.adamw import AdamW
-from dtrain.ema import Average
 from dtrain.kernels.adamw import update_bytes
+from dtrain.optim import AdamW, Average
 from uvit import UViT, forward_flops, token_count
 from uvit.layers import Block
 

@@ -1,8 +1,8 @@
 """The baselines, in plain PyTorch: DDP under autocast and FSDP2 in bf16, with and without checkpointing.
 
 They are the best of their kind, not the worst: flash attention; DDP's gradients are views of its buckets; in
-FSDP2 the table of positions is cut along a dim that the ranks divide (`dtrain.placement`), without which it
-would be gathered once a rank; AdamW is PyTorch's fused one, which takes no memory of its own.
+FSDP2 the table of positions is cut along a dim that the ranks divide (`dtrain.sharding.placement`), without
+which it would be gathered once a rank; AdamW is PyTorch's fused one, which takes no memory of its own.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.ladder.rungs import Rung
 from dtrain.blocks import named_blocks
-from dtrain.placement import placement
 from dtrain.plan.accounts import AVERAGES, BATCH, GRADIENTS, OPTIMIZER, PARAMETERS
 from dtrain.plan.ledger import Ledger
 from dtrain.plan.observe import Subject
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import SampleRNG
+from dtrain.sharding.placement import placement
 
 __all__ = ["baseline"]
 

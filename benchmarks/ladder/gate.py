@@ -17,7 +17,7 @@ from benchmarks.ladder.rungs import RUNGS, Rung
 from benchmarks.ladder.training import Dtype, start
 from benchmarks.ladder.workloads import Workload
 from dtrain.dist import process_group
-from dtrain.local import local_part
+from dtrain.sharding.local import local_part
 
 __all__ = ["check"]
 

@@ -15,7 +15,6 @@ from benchmarks.ladder.result import Row
 from benchmarks.ladder.rungs import RUNGS, Rung
 from benchmarks.ladder.workloads import WORKLOADS, Workload
 from dtrain.config import RunConfig, build_recipe
-from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.plan.devices import device
 from dtrain.plan.estimate import Rates, estimate
 from dtrain.plan.fake import alone, faked, without_data
@@ -23,7 +22,8 @@ from dtrain.plan.ledger import Ledger
 from dtrain.plan.observe import Observed, observe
 from dtrain.plan.peak import Peak, find_peak
 from dtrain.plan.simulate import simulate
-from dtrain.shard import ShardConfig
+from dtrain.sharding.mesh import MeshConfig, build_mesh
+from dtrain.sharding.shard import ShardConfig
 from dtrain.step import TrainConfig
 
 __all__ = ["config_of", "plan_peak", "plan_rung", "plan_rungs", "quiet"]

@@ -12,9 +12,9 @@ import uvit
 from benchmarks.baselines.plain_dit import PlainDiT
 from benchmarks.baselines.plain_uvit import PlainUViT, PlainVideoUViT
 from dtrain.data import micro_batch_indices
-from dtrain.init import fill_by_building
 from dtrain.recipe import Batch, DataState, Recipe
 from dtrain.rng import SampleRNG
+from dtrain.sharding.init import fill_by_building
 from uvit import UViTConfig
 
 __all__ = ["LatentsConfig", "first_batch", "latents"]

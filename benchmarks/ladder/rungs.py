@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dtrain.activations.policy import ActivationConfig
-from dtrain.ema import EMAConfig
-from dtrain.optim import OptimConfig
+from dtrain.optim import EMAConfig, OptimConfig
 
 __all__ = ["RUNGS", "Rung"]
 

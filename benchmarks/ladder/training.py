@@ -17,16 +17,14 @@ from benchmarks.ladder.rungs import Rung
 from benchmarks.ladder.workloads import Workload
 from dtrain.build import build_sharded
 from dtrain.config import RunConfig, build_recipe
-from dtrain.ema import EMA
-from dtrain.local import local_part
-from dtrain.mesh import MeshConfig, build_mesh
-from dtrain.norm import gradient_norm
-from dtrain.optim import build_optimizer
+from dtrain.optim import EMA, build_optimizer, gradient_norm
 from dtrain.plan.accounts import AVERAGES
 from dtrain.plan.observe import Subject
 from dtrain.recipe import Batch, Recipe
 from dtrain.rng import SampleRNG
-from dtrain.shard import to_empty
+from dtrain.sharding.local import local_part
+from dtrain.sharding.mesh import MeshConfig, build_mesh
+from dtrain.sharding.shard import to_empty
 from dtrain.step import accumulate_gradients, to_device, train_step
 
 __all__ = ["Training", "start"]

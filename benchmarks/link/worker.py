@@ -28,13 +28,13 @@ from benchmarks.link.hosts import INTERFACE
 from benchmarks.link.records import RankRecord, Record
 from benchmarks.link.workload import Job, Workload, how
 from benchmarks.schema import decode
-from dtrain.adamw import AdamW
 from dtrain.comm import CommConfig, attached
 from dtrain.dist import World, process_group
-from dtrain.init import fill_parameters
-from dtrain.mesh import MeshConfig, build_mesh
+from dtrain.optim import AdamW
 from dtrain.parallelize import ParallelConfig, parallelize
-from dtrain.shard import ShardConfig
+from dtrain.sharding.init import fill_parameters
+from dtrain.sharding.mesh import MeshConfig, build_mesh
+from dtrain.sharding.shard import ShardConfig
 
 __all__ = ["main"]
 

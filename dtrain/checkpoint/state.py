@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from dtrain.checkpoint.storage import Reader
 from dtrain.comm.state import CommState
-from dtrain.ema import EMA
-from dtrain.precision import DTYPES
+from dtrain.optim import EMA
+from dtrain.sharding.precision import DTYPES
 
 __all__ = ["TrainingState"]
 

@@ -46,7 +46,9 @@ def find_units(model: nn.Module) -> list["Unit"]:
             )
         units += [Unit(cast(FSDPModule, module), group, names) for group in groups]
     if not units:
-        raise ValueError("the model has no FSDP2 module: apply fully_shard (or dtrain.shard) before attach.")
+        raise ValueError(
+            "the model has no FSDP2 module: apply fully_shard (or dtrain.sharding.shard) before attach."
+        )
     return units
 
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dtrain.faults.config import FaultConfig
 from dtrain.faults.errors import RunFault
-from dtrain.mesh import mean_over
+from dtrain.sharding.mesh import mean_over
 from dtrain.step import StepResult
 
 __all__ = ["BadRun", "Judge", "RollBack"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dtrain.faults.errors import RunFault
-from dtrain.local import local_part
+from dtrain.sharding.local import local_part
 
 __all__ = ["ReplicaDiverged", "check_alike", "check_replicas", "code_digest"]
 

@@ -1,6 +1,7 @@
 """GPUs that can be planned for: memory, bandwidth, and the architecture that kernels are chosen by.
 
-Memory as the driver reports it (`nvidia-smi`), bandwidth from NVIDIA's data sheets; FLOP/s: `dtrain.flops`.
+Memory as the driver reports it (`nvidia-smi`), bandwidth from NVIDIA's data sheets; FLOP/s:
+`dtrain.metrics.flops`.
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dtrain.flops import peak_flops
+from dtrain.metrics.flops import peak_flops
 from dtrain.plan.accounts import STATE
 from dtrain.plan.devices import Planned
 from dtrain.plan.observe import Observed
@@ -76,7 +76,7 @@ def estimate(simulation: Observed, gpu: Planned, rates: Rates, repeats: float = 
         repeats: micro-batches of a step over those of the simulation.
     """
     peak = peak_flops(gpu.name, torch.bfloat16)
-    assert peak is not None, f"{gpu.name} has no peak in dtrain.flops"
+    assert peak is not None, f"{gpu.name} has no peak in dtrain.metrics.flops"
     compute = repeats * sum(
         max(work.flops / (rates.products * peak), work.nbytes / (rates.copies * gpu.bytes_per_s))
         for work in simulation.work

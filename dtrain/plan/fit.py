@@ -20,7 +20,7 @@ from dtrain.dryrun import state_bytes
 from dtrain.plan.devices import Planned
 from dtrain.plan.estimate import Rates
 from dtrain.plan.plan import Plan, make_plan, room
-from dtrain.precision import convert_weights
+from dtrain.sharding.precision import convert_weights
 
 __all__ = ["Fit", "find_fit"]
 

@@ -1,7 +1,7 @@
 """The planned peak of a run's rank 0, for a run that has begun: `python -m dtrain.plan.predict`.
 
 A process of its own: a plan needs a process group of ranks that do not exist, and a run has one already. It
-sees no GPU and yields to whatever else runs on the host. See `dtrain.memory`, which starts it.
+sees no GPU and yields to whatever else runs on the host. See `dtrain.metrics.memory`, which starts it.
 """
 
 import json

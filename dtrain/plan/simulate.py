@@ -19,17 +19,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from dtrain.blocks import named_blocks
 from dtrain.build import build_sharded
 from dtrain.config import RunConfig, build_recipe, check_world
-from dtrain.ema import EMA
 from dtrain.kernels.launch import planned_for
-from dtrain.mesh import build_mesh
-from dtrain.optim import build_optimizer
+from dtrain.optim import EMA, build_optimizer
 from dtrain.parallelize import CompileConfig
 from dtrain.plan.accounts import AVERAGES, BATCH, GRADIENTS, HOST, OPTIMIZER, PARAMETERS
 from dtrain.plan.fake import alone, faked, without_data
 from dtrain.plan.ledger import Ledger
 from dtrain.plan.observe import Observed, Subject, observe
 from dtrain.recipe import Batch, DataState, Recipe
-from dtrain.shard import compute_dtype, padded_parameters, to_empty
+from dtrain.sharding.mesh import build_mesh
+from dtrain.sharding.shard import compute_dtype, padded_parameters, to_empty
 from dtrain.step import accumulate_gradients
 
 __all__ = ["Simulation", "simulate"]

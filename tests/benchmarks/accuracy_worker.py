@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from benchmarks.accuracy.replicas import decoded_weights, equal_on_all_ranks, relative_error
 from benchmarks.accuracy.settings import Settings
 from dtrain.dist import process_group
-from dtrain.mesh import MeshConfig, build_mesh
+from dtrain.sharding.mesh import MeshConfig, build_mesh
 from uvit.clips import collate
 from uvit.shapes import Shapes
 

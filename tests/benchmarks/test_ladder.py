@@ -19,13 +19,13 @@ from benchmarks.ladder.rungs import RUNGS
 from benchmarks.ladder.workloads import WORKLOADS, Workload
 from benchmarks.memory import peak_bytes
 from dtrain.config import build_recipe
-from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.plan.fake import alone, faked, without_data
 from dtrain.plan.ledger import Ledger
 from dtrain.plan.observe import Subject, observe
 from dtrain.plan.peak import find_peak
 from dtrain.recipe import Batch
 from dtrain.rng import SampleRNG
+from dtrain.sharding.mesh import MeshConfig, build_mesh
 from uvit import UViTConfig
 
 _MODEL = UViTConfig(width=128, depth=4, heads=2, num_classes=5, condition="class", final_conv=False)

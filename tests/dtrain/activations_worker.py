@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from dtrain.activations.policy import ActivationConfig, stash_meter
 from dtrain.blocks import find_blocks
 from dtrain.dist import process_group
-from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.parallelize import ParallelConfig, parallelize
-from dtrain.shard import ShardConfig
+from dtrain.sharding.mesh import MeshConfig, build_mesh
+from dtrain.sharding.shard import ShardConfig
 from tests.dtrain.activation_models import filled
 
 MIB = 2**20

@@ -17,11 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dtrain.adamw import AdamW
 from dtrain.checkpoint import TrainingState
 from dtrain.dist import process_group
-from dtrain.ema import EMA, EMAConfig
-from dtrain.mesh import MeshConfig, build_mesh
+from dtrain.optim import EMA, AdamW, EMAConfig
+from dtrain.sharding.mesh import MeshConfig, build_mesh
 from tests.checkpoints import write_state
 
 STEPS, HALF = 6, 3

@@ -20,9 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dtrain.checkpoint import TrainingState
 from dtrain.comm import Comm, CommConfig, attach
 from dtrain.dist import process_group
-from dtrain.ema import EMA, EMAConfig
-from dtrain.norm import gradient_norm
-from dtrain.optim import OptimConfig, build_optimizer
+from dtrain.optim import EMA, EMAConfig, OptimConfig, build_optimizer, gradient_norm
 from tests.checkpoints import write_state
 from tests.dtrain import odd_model
 from tests.dtrain.odd_model import digest, inputs, loss_of

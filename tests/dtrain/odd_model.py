@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from dtrain.placement import placement
+from dtrain.sharding.placement import placement
 
 WIDTH, HIDDEN, TABLE, BATCH = 50, 203, 328, 4
 

@@ -20,15 +20,13 @@ from dtrain.checkpoint import CheckpointConfig, Checkpointer, Progress, Training
 from dtrain.comm import CommConfig
 from dtrain.comm.fsdp import find_units
 from dtrain.dist import leave_process_group
-from dtrain.ema import EMA, EMAConfig
-from dtrain.init import fill_parameters
-from dtrain.local import local_part
-from dtrain.mesh import MeshConfig, build_mesh
-from dtrain.norm import gradient_norm
-from dtrain.optim import OptimConfig, build_optimizer
+from dtrain.optim import EMA, EMAConfig, OptimConfig, build_optimizer, gradient_norm
 from dtrain.parallelize import ParallelConfig, parallelize
-from dtrain.precision import Precision, convert_weights
-from dtrain.shard import ShardConfig, to_empty
+from dtrain.sharding.init import fill_parameters
+from dtrain.sharding.local import local_part
+from dtrain.sharding.mesh import MeshConfig, build_mesh
+from dtrain.sharding.precision import Precision, convert_weights
+from dtrain.sharding.shard import ShardConfig, to_empty
 from tests.dtrain.tiny_dit import TinyDiT
 
 STEPS = 3

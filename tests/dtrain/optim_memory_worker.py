@@ -19,17 +19,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from dtrain.adamw import AdamW
 from dtrain.checkpoint import TrainingState
 from dtrain.comm import CommConfig, attach
 from dtrain.dist import process_group
 from dtrain.dryrun import state_bytes
-from dtrain.ema import EMA, EMAConfig
-from dtrain.init import fill_parameters
-from dtrain.local import local_part
-from dtrain.mesh import MeshConfig, build_mesh
-from dtrain.placement import placement
-from dtrain.precision import convert_weights
+from dtrain.optim import EMA, AdamW, EMAConfig
+from dtrain.sharding.init import fill_parameters
+from dtrain.sharding.local import local_part
+from dtrain.sharding.mesh import MeshConfig, build_mesh
+from dtrain.sharding.placement import placement
+from dtrain.sharding.precision import convert_weights
 from tests.checkpoints import write_state
 from tests.dtrain import odd_model
 from tests.dtrain.adamw_worker import drawn, gathered

@@ -16,18 +16,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.memory import peak_bytes
-from dtrain.adamw import AdamW
 from dtrain.build import build_sharded
 from dtrain.comm import attached
 from dtrain.config import RunConfig, build_recipe, load
 from dtrain.dist import World, process_group
-from dtrain.ema import EMA
-from dtrain.mesh import build_mesh
-from dtrain.optim import build_optimizer
+from dtrain.optim import EMA, AdamW, build_optimizer
 from dtrain.plan.ledger import Ledger
 from dtrain.plan.watch import watched
 from dtrain.recipe import DataState
-from dtrain.shard import to_empty
+from dtrain.sharding.mesh import build_mesh
+from dtrain.sharding.shard import to_empty
 from dtrain.step import accumulate_gradients, train_step
 
 

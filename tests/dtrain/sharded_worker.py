@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from dtrain.activations.policy import ActivationConfig
 from dtrain.dist import process_group
-from dtrain.mesh import MeshConfig, build_mesh, mean_over
 from dtrain.parallelize import ParallelConfig, parallelize
 from dtrain.recipe import Recipe
-from dtrain.shard import ShardConfig
+from dtrain.sharding.mesh import MeshConfig, build_mesh, mean_over
+from dtrain.sharding.shard import ShardConfig
 from dtrain.step import accumulate_gradients
 from dtrain.swap.attention import AttentionConfig
 from tests.dtrain.tiny_dit import TinyDiT

@@ -141,9 +141,9 @@ def test_bytes_kept() -> None:
 
 
 def test_what_bf16_keeps_takes_two_bytes_an_element(single_process_group: None) -> None:
-    from dtrain.mesh import MeshConfig, build_mesh
     from dtrain.parallelize import ParallelConfig, parallelize
-    from dtrain.shard import ShardConfig
+    from dtrain.sharding.mesh import MeshConfig, build_mesh
+    from dtrain.sharding.shard import ShardConfig
 
     config = ParallelConfig(activations=ActivationConfig("full"), shard=ShardConfig(param_dtype="bfloat16"))
     model = parallelize(U(), build_mesh(MeshConfig(), 1, "cpu"), config)

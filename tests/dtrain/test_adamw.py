@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dtrain.adamw import AdamW, Moments, has_codes
 from dtrain.checkpoint import TrainingState
 from dtrain.dryrun import state_bytes
-from dtrain.ema import EMA, EMAConfig
-from dtrain.optim import OptimConfig, build_optimizer
+from dtrain.optim import EMA, AdamW, EMAConfig, Moments, OptimConfig, build_optimizer, has_codes
 from tests.checkpoints import write_state
 from tests.launch import ROOT, run_python, torchrun
 

@@ -18,11 +18,10 @@ from dtrain.checkpoint import (
     read_progress,
     step_folders,
 )
-from dtrain.ema import EMA, EMAConfig
 from dtrain.export import read_weights
-from dtrain.mesh import MeshConfig, build_mesh
-from dtrain.optim import OptimConfig, build_optimizer
+from dtrain.optim import EMA, EMAConfig, OptimConfig, build_optimizer
 from dtrain.parallelize import parallelize
+from dtrain.sharding.mesh import MeshConfig, build_mesh
 from tests.dtrain.tiny_dit import TinyDiT
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from dtrain.__main__ import app
 from dtrain.config import load
 from dtrain.dryrun import dry_run, state_bytes
-from dtrain.placement import placement
+from dtrain.sharding.placement import placement
 from tests.dtrain.tiny_dit import TinyDiT
 from tests.launch import run_python, torchrun
 

@@ -17,7 +17,7 @@ from dtrain.comm.meter import Meter
 from dtrain.comm.packing import Packing, Segment
 from dtrain.comm.reference import Reference
 from dtrain.kernels.payload import Format
-from dtrain.mesh import MeshConfig, build_mesh
+from dtrain.sharding.mesh import MeshConfig, build_mesh
 
 CODECS: dict[str, tuple[Codec, float]] = {
     "fp32": (Cast(torch.float32), 1e-6),

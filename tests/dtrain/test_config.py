@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from dtrain.config import ConfigError, build_recipe, check_world, from_table, load, to_toml
-from dtrain.describe import fields
-from dtrain.mesh import MeshConfig
+from dtrain.config.describe import fields
+from dtrain.config.schema import words
+from dtrain.config.toml import emit_value, parse_value
 from dtrain.optim import OptimConfig, ParamGroup
 from dtrain.recipe import Recipe
-from dtrain.schema import words
-from dtrain.toml import emit_value, parse_value
+from dtrain.sharding.mesh import MeshConfig
 
 
 @dataclass(frozen=True)

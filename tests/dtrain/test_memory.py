@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.memory import Prediction
+from dtrain.metrics.memory import Prediction
 from tests.launch import run_python
 
 CONFIG = """

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from dtrain.display import Display, duration, status
 from dtrain.faults.tally import Tally
-from dtrain.flops import mfu, peak_flops, training_flops
 from dtrain.metrics import MetricsConfig, NullLog, RunLog
-from dtrain.plot import loss_curve, smooth
-from dtrain.records import drop_after, read_records
+from dtrain.metrics.display import Display, duration, status
+from dtrain.metrics.flops import mfu, peak_flops, training_flops
+from dtrain.metrics.plot import loss_curve, smooth
+from dtrain.metrics.records import drop_after, read_records
 
 CPU = torch.device("cpu")
 

@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.ema import EMA, EMAConfig, decay_at
-from dtrain.mesh import MeshConfig
-from dtrain.norm import gradient_norm
-from dtrain.optim import OptimConfig, ParamGroup, build_optimizer, lr_multiplier, set_learning_rate
+from dtrain.optim import (
+    EMA,
+    EMAConfig,
+    OptimConfig,
+    ParamGroup,
+    build_optimizer,
+    decay_at,
+    gradient_norm,
+    lr_multiplier,
+    set_learning_rate,
+)
+from dtrain.sharding.mesh import MeshConfig
 from dtrain.step import clip_coefficient
 
 

@@ -10,17 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtrain import ema as ema_module
-from dtrain.adamw import AdamW
 from dtrain.checkpoint import TrainingState
-from dtrain.ema import EMA, Average, EMAConfig
 from dtrain.export import read_weights
-from dtrain.mesh import MeshConfig, build_mesh
-from dtrain.norm import gradient_norm
-from dtrain.optim import OptimConfig, build_optimizer
+from dtrain.optim import EMA, AdamW, Average, EMAConfig, OptimConfig, build_optimizer, gradient_norm
+from dtrain.optim import ema as ema_module
 from dtrain.parallelize import ParallelConfig, parallelize
-from dtrain.precision import DTYPES, Precision, convert_weights
-from dtrain.shard import ShardConfig
+from dtrain.sharding.mesh import MeshConfig, build_mesh
+from dtrain.sharding.precision import DTYPES, Precision, convert_weights
+from dtrain.sharding.shard import ShardConfig
 from tests.checkpoints import write_state
 from tests.dtrain.tiny_dit import TinyDiT
 from tests.launch import ROOT, run_python, torchrun
@@ -271,7 +268,7 @@ def test_weights_come_whole_out_of_a_checkpoint_of_four_ranks(runs: Runs) -> Non
 
 @pytest.mark.distributed
 def test_a_run_begins_with_the_weights_of_fp32_rounded_to_nearest(runs: Runs) -> None:
-    from dtrain.init import fill_parameters
+    from dtrain.sharding.init import fill_parameters
     from tests.dtrain.optim_memory_worker import normal
 
     exact = nn.Sequential(nn.Linear(256, 50), nn.Linear(1030, 5), nn.Linear(16, 3))

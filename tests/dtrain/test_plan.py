@@ -20,7 +20,7 @@ from dtrain.plan.fit import Fit, find_fit
 from dtrain.plan.peak import find_peak
 from dtrain.plan.plan import CONTEXT, FRAGMENTS, Plan, make_plan
 from dtrain.plan.simulate import Simulation, simulate
-from dtrain.shard import padded_parameters
+from dtrain.sharding.shard import padded_parameters
 from tests.dtrain import plan_worker
 from tests.launch import run_python, torchrun
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dtrain.data import epoch_of, loader, micro_batch_indices
-from dtrain.init import copy_full, fill_parameters
 from dtrain.recipe import DataState
 from dtrain.rng import SampleRNG, derive_seed, seed_everything
+from dtrain.sharding.init import copy_full, fill_parameters
 
 
 class Squares:
@@ -99,8 +99,8 @@ def test_seed_everything_covers_every_global_generator() -> None:
 
 
 def test_initial_weights_do_not_depend_on_order_or_sharding(single_process_group: None) -> None:
-    from dtrain.mesh import MeshConfig, build_mesh
     from dtrain.parallelize import parallelize
+    from dtrain.sharding.mesh import MeshConfig, build_mesh
     from tests.dtrain.tiny_dit import TinyDiT
 
     def fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:

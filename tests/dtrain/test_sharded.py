@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from dtrain.activations.policy import ActivationConfig
-from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.parallelize import CompileConfig, ParallelConfig, parallelize
-from dtrain.placement import placement, shard_numel
-from dtrain.shard import ShardConfig
+from dtrain.sharding.mesh import MeshConfig, build_mesh
+from dtrain.sharding.placement import placement, shard_numel
+from dtrain.sharding.shard import ShardConfig
 from tests.dtrain import sharded_worker
 from tests.launch import torchrun
 

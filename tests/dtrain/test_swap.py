@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounter
 
 from dtrain.activations.policy import ActivationConfig
 from dtrain.kernels.attention import attention
-from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.parallelize import ParallelConfig, parallelize
+from dtrain.sharding.mesh import MeshConfig, build_mesh
 from dtrain.swap import calls as swap_calls
 from dtrain.swap import packed
 from dtrain.swap.attention import AttentionConfig, swap_attention

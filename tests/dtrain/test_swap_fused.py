@@ -12,9 +12,9 @@ from torch._dynamo.testing import CompileCounter
 
 from dtrain.activations.policy import ActivationConfig, apply_activation_policy
 from dtrain.kernels.norm import norm
-from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.parallelize import ParallelConfig, parallelize
-from dtrain.shard import ShardConfig
+from dtrain.sharding.mesh import MeshConfig, build_mesh
+from dtrain.sharding.shard import ShardConfig
 from dtrain.swap import fusion, norms
 from dtrain.swap.fusion import swap_fused
 from tests.dtrain import third_party as made

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from dtrain.telemetry import PowerIntegral, cuda_uuids, nvml_state, watch
+from dtrain.metrics.telemetry import PowerIntegral, cuda_uuids, nvml_state, watch
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from dtrain.checkpoint import read_progress, step_folders
 from dtrain.config import load
 from dtrain.export import export
+from dtrain.metrics.records import read_records
 from dtrain.plan.peak import find_peak
 from dtrain.plan.simulate import simulate
-from dtrain.records import read_records
 from tests.checkpoints import all_tensors
 from tests.launch import run_python, torchrun
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtrain.data import loader
-from dtrain.init import fill_by_building
 from dtrain.recipe import Batch, DataState, Recipe
 from dtrain.rng import SampleRNG
+from dtrain.sharding.init import fill_by_building
 
 
 class Block(nn.Module):

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dtrain.data import loader
-from dtrain.local import local_part
 from dtrain.recipe import Batch, DataState, Recipe
 from dtrain.rng import SampleRNG
+from dtrain.sharding.local import local_part
 from tests.dtrain import tiny_dit
 
 __all__ = ["recipe"]

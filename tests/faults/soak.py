@@ -21,7 +21,7 @@ from benchmarks.environment import measured_on
 from benchmarks.faults import Life, Soak, soak_table
 from benchmarks.record import write_record
 from dtrain.checkpoint import step_folders
-from dtrain.records import read_records
+from dtrain.metrics.records import read_records
 from tests.faults.harm import HARM
 from tests.faults.runs import BATCH, Run, assert_same_weights
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.records import read_records
+from dtrain.metrics.records import read_records
 from tests.faults.runs import Run, Tell, assert_same_weights
 
 pytestmark = pytest.mark.distributed

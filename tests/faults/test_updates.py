@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.checkpoint import read_progress, step_folders
-from dtrain.records import read_records
+from dtrain.metrics.records import read_records
 from tests.faults.runs import Run, Tell
 
 pytestmark = pytest.mark.distributed

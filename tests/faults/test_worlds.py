@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtrain.records import read_records
+from dtrain.metrics.records import read_records
 from tests.checkpoints import all_tensors
 from tests.faults.runs import Run
 from tests.launch import torchrun

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtrain.adamw import AdamW
 from dtrain.kernels import adamw_kernels
 from dtrain.kernels.adamw import Hyper, Shard, adamw_, moments_bytes, update_bytes
 from dtrain.kernels.adamw_reference import scalars, update
 from dtrain.kernels.launch import arch_of, known_arch
 from dtrain.kernels.rounding import Runs
+from dtrain.optim import AdamW
 from tests.kernels.adamw_checks import (
     BF16,
     FP32,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import uvit
-from dtrain.records import read_records
+from dtrain.metrics.records import read_records
 from tests.launch import run_python
 
 pytestmark = pytest.mark.gpu

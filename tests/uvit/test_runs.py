@@ -11,7 +11,7 @@ import torch
 
 from dtrain.checkpoint import step_folders
 from dtrain.config import ConfigError, build_recipe, load
-from dtrain.records import read_records
+from dtrain.metrics.records import read_records
 from tests.checkpoints import all_tensors
 from tests.launch import run_python, torchrun
 

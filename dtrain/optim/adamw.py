@@ -5,7 +5,7 @@ like its parameter, as DTensors, so that a checkpoint stores every shard once an
 rows are cut changes no bit of an update, but for fp32 on the CPU, which is PyTorch's own.
 
 Some parameters keep moments in fp32: small ones, of fewer than 4,096 elements or with rows shorter than a
-block, and those of one row, which may be cut along any dim (`dtrain.placement`).
+block, and those of one row, which may be cut along any dim (`dtrain.sharding.placement`).
 """
 
 import math
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dtrain.ema import Average
 from dtrain.kernels.adamw import Hyper, Shard, adamw_, blocks_of_row
 from dtrain.kernels.serving import Backend
-from dtrain.local import first_row, local_part, runs
+from dtrain.optim.ema import Average
+from dtrain.sharding.local import first_row, local_part, runs
 
 __all__ = ["AdamW", "Moments", "has_codes"]
 
@@ -80,7 +80,7 @@ class AdamW(torch.optim.Optimizer):
         Args:
             closure: computes the loss anew, as in torch; its value is returned.
             grad_scale: one fp32 number that multiplies all gradients, such as the coefficient of clipping.
-            ema: averages that take in the updated parameters in the same pass; see `dtrain.ema.EMA.at`.
+            ema: averages that take in the updated parameters in the same pass; see `dtrain.optim.ema.EMA.at`.
         """
         loss = None
         if closure is not None:

@@ -9,10 +9,10 @@ import rich
 from rich.markup import escape
 from rich.table import Table
 
-from dtrain.config import ConfigError, config_type, document_type, find_factory
-from dtrain.schema import Field, hints, leaves, nearest
-from dtrain.tables import did_you_mean
-from dtrain.toml import emit_value
+from dtrain.config.run import ConfigError, config_type, document_type, find_factory
+from dtrain.config.schema import Field, hints, leaves, nearest
+from dtrain.config.tables import did_you_mean
+from dtrain.config.toml import emit_value
 
 
 def fields(section: str | None = None, recipe: str | None = None) -> list[Field]:

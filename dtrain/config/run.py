@@ -21,20 +21,19 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from dtrain.activations.policy import ActivationConfig
 from dtrain.checkpoint import CheckpointConfig
 from dtrain.comm import CommConfig
-from dtrain.ema import EMAConfig
+from dtrain.config.schema import child, choices, hints, nearest, words
+from dtrain.config.tables import TableReader, did_you_mean
+from dtrain.config.toml import emit_table, emit_value, entries_of, parse_value
 from dtrain.faults.config import FaultConfig
-from dtrain.mesh import MeshConfig
 from dtrain.metrics import MetricsConfig
-from dtrain.optim import OptimConfig
+from dtrain.optim import EMAConfig, OptimConfig
 from dtrain.parallelize import CompileConfig
 from dtrain.recipe import Recipe
-from dtrain.schema import child, choices, hints, nearest, words
-from dtrain.shard import ShardConfig
+from dtrain.sharding.mesh import MeshConfig
+from dtrain.sharding.shard import ShardConfig
 from dtrain.step import TrainConfig
 from dtrain.swap.attention import AttentionConfig
 from dtrain.swap.fusion import FusionConfig
-from dtrain.tables import TableReader, did_you_mean
-from dtrain.toml import emit_table, emit_value, entries_of, parse_value
 
 # Imported where a file's values are checked: what makes its `RunConfig` in Python runs without pydantic.
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
-from dtrain.local import local_part
+from dtrain.sharding.local import local_part
 
 __all__ = ["gradient_norm"]
 

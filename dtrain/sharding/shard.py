@@ -2,7 +2,8 @@
 
 Shards keep the dtype of the parameters (`optim.weights`); parameters are gathered, and compute runs, in
 `param_dtype`; gradients are reduced in `reduce_dtype` and kept in that of the parameters
-(https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Along which dim: `dtrain.placement`.
+(https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html). Along which dim:
+`dtrain.sharding.placement`.
 
 With `cpu_offload` shards, gradients, moments and averages are on the host: FSDP2 copies shards to the device
 before it gathers them, and gradients back in the backward; the optimizer runs on the CPU.
@@ -28,7 +29,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from dtrain.placement import placement, shard_numel
+from dtrain.sharding.placement import placement, shard_numel
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from dtrain.records import read_records
+from dtrain.metrics.records import read_records
 
 _DECADE = 10.0  # a wider range than this is drawn on a logarithmic axis
 

@@ -9,7 +9,7 @@ Bytes of a parameter that trains, all of them cut over the shard axis:
 
 An update is far below the distance of neighbouring bf16 numbers, 2^-8 of a weight, so that rounding to
 nearest would return the old weight, for ever. Rounding by chance is right in mean (Gupta et al., "Deep
-Learning with Limited Numerical Precision", arXiv 1502.02551); it costs noise, see `dtrain.ema`.
+Learning with Limited Numerical Precision", arXiv 1502.02551); it costs noise, see `dtrain.optim.ema`.
 """
 
 import logging

@@ -6,7 +6,7 @@ the last logged one; the first step (compilation, the first batch) is a window o
 
 A line of metrics.jsonl is one JSON object: `step`, the values that the trainer passed (`loss`, `grad_norm`,
 `lr`, …), and `step_ms`, `samples_per_s`, `tokens_per_s`, `mfu`, `memory_gib`; null where unknown. Lines with
-a `note` instead tell of paths that were not taken. No disk that refuses them ends a run: `dtrain.records`.
+a `note` instead tell of paths that were not taken. No disk that refuses them ends a run, see `records`.
 """
 
 import logging
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dtrain import flops, telemetry
-from dtrain.display import Display, show_summary
 from dtrain.faults.tally import Tally
-from dtrain.records import Record, RecordFile, disk_faults_said, drop_after, to_json
+from dtrain.metrics import flops, telemetry
+from dtrain.metrics.display import Display, show_summary
+from dtrain.metrics.records import Record, RecordFile, disk_faults_said, drop_after, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class NullLog:
         Args:
             step: its number, counted from 1.
             samples, tokens: that it trained on, over all ranks.
-            flops: its training FLOPs over all ranks, see `dtrain.flops.training_flops`.
+            flops: its training FLOPs over all ranks, see `dtrain.metrics.flops.training_flops`.
             **values: scalars (`loss=…`), already reduced over the ranks; read only if the step is `due`.
         """
 
@@ -114,7 +114,7 @@ class NullLog:
         """Put what the run met, of all ranks, into the summary; of a source the first reason counts."""
 
     def memory(self, values: dict[str, Any]) -> None:
-        """Put what was planned and taken, see `dtrain.memory`, into the summary."""
+        """Put what was planned and taken, see `dtrain.metrics.memory`, into the summary."""
 
     @contextmanager
     def untimed(self) -> Iterator[None]:

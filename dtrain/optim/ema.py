@@ -22,8 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dtrain.kernels.rounding import Runs, mix, stochastic_bf16
-from dtrain.local import local_part, runs
-from dtrain.precision import DTYPES, Precision
+from dtrain.sharding.local import local_part, runs
+from dtrain.sharding.precision import DTYPES, Precision
 
 _PURPOSE = 0x0E3A  # tells this noise from that of the optimizer's pass
 _PIECE = 2**20  # elements that are averaged at a time: their random words take 8 bytes each

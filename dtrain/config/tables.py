@@ -8,8 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dtrain.schema import accepts_none, child, choices, hints, leaves, nearest, table_type
-from dtrain.toml import emit_value
+from dtrain.config.schema import accepts_none, child, choices, hints, leaves, nearest, table_type
+from dtrain.config.toml import emit_value
 
 
 class TableReader:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from dtrain.config import RunConfig
 from dtrain.dist import World
 from dtrain.kernels.launch import arch_of
-from dtrain.metrics import NullLog
+from dtrain.metrics.log import NullLog
 
 __all__ = ["MemoryReport", "Predicted", "Prediction"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dtrain.adamw import AdamW, Moments, has_codes
-from dtrain.precision import Precision
+from dtrain.optim.adamw import AdamW, Moments, has_codes
+from dtrain.sharding.precision import Precision
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dtrain.schema import default_of
+from dtrain.config.schema import default_of
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
