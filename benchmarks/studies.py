@@ -1,4 +1,4 @@
-"""Tables of what is measured and no case: the limited link, kept accuracy, the memory ladder, faults.
+"""Tables of what is measured and no case.
 
 Their result files lie in folders of their own and fill markers like a case's:
 
@@ -7,6 +7,7 @@ Their result files lie in folders of their own and fill markers like a case's:
     benchmarks:memory-accuracy    results/accuracy/memory/accuracy.json  memory of fewer bits
     benchmarks:ladder             results/ladder/ladder.json
     benchmarks:faults, soak       results/faults/faults.json, soak.json  runs into which faults were injected
+    benchmarks:saving             results/saving/saving.json             checkpoints
 """
 
 import re
@@ -29,7 +30,11 @@ from benchmarks.link.table import break_even_words
 from benchmarks.link.workload import BASELINES
 from benchmarks.record import Measured, Origin
 from benchmarks.result import RESULTS
-from benchmarks.text import table_row
+from benchmarks.saving.job import OURS
+from benchmarks.saving.result import SavingRun, WorldResult
+from benchmarks.saving.result import read_run as read_saving
+from benchmarks.saving.table import TITLES, faults
+from benchmarks.text import gain, quantity, table_row
 
 __all__ = ["tables"]
 
@@ -50,6 +55,8 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     if (file := folder / "faults" / "soak.json").is_file():
         soak = read_soak(file)
         found["soak"] = "\n".join([*soak_table(soak), "", _notes([], soak)])
+    if (file := folder / "saving" / "saving.json").is_file():
+        found["saving"] = "\n".join(_saving(read_saving(file)))
     return found
 
 
@@ -169,6 +176,45 @@ def _ends(rungs: dict[str, Row], ladder: Ladder) -> Iterator[str]:
 
 def _gib(row: Row, ladder: Ladder) -> str:
     return f"{row.peak_bytes / _GIB:.1f}" + (" !" if row.peak_bytes > ladder.memory_bytes else "")
+
+
+def _saving(run: SavingRun) -> Iterator[str]:
+    state = f"{run.worlds[0].state_bytes / 1e6:,.0f} MB: {run.parameters / 1e6:.0f}M parameters"
+    yield table_row([f"a checkpoint of {state}, moments, averages", *TITLES.values()])
+    yield table_row(["---", *("---:" for _ in TITLES)])
+    for world in run.worlds:
+        for name in world.contestants:
+            label = f"{name}, {world.ranks} rank{'s' if world.ranks > 1 else ''}"
+            yield table_row([label, *(_of_save(world, name, metric) for metric in TITLES)])
+    yield ""
+    least = "; ".join(f"{w.ranks}: {_plain_calls(w)}" for w in run.worlds)
+    same = ["After every load all tensors were what was saved, bit for bit."] if run.passed else []
+    notes = [
+        *(fault for world in run.worlds for fault in faults(world)),
+        "Stall: what a training step waits for in a save. Both sync their files; ours also hashes them, "
+        "syncs and renames the folder, and checks every hash before it loads (from the page cache). Between "
+        "saves ours keeps the memory of its copy. On disk: over the bytes of the tensors.",
+        "Step beside: begun during a save. Lost: by which one save delayed the training. Medians of "
+        f"{run.worlds[0].rounds} rounds. {' '.join(same)}",
+        f"As many bytes by one plain call a rank, by ranks: {least}. On {run.filesystem}; others took "
+        + ", ".join(f"{world.others_cpu_share:.0%}" for world in run.worlds)
+        + " of the CPU meanwhile.",
+    ]
+    yield _notes(notes, run)
+
+
+def _of_save(world: WorldResult, name: str, metric: str) -> str:
+    if not world.contestants[name]:
+        return "no figure"
+    measured = world.contestants[name][metric]
+    if metric == "disk_bytes":
+        return f"{measured.value / 1e6:,.1f} MB<br>{measured.value / world.state_bytes - 1:+.2%}"
+    ratio = world.ratio(metric) if name == OURS else None
+    return quantity(measured.value, measured.unit) + ("" if ratio is None else f"<br>{gain(ratio)}")
+
+
+def _plain_calls(world: WorldResult) -> str:
+    return ", ".join(f"{name} {quantity(limit.value, 'ms')}" for name, limit in world.limits.items())
 
 
 def _notes(notes: Iterable[str], run: Origin) -> str:

@@ -39,7 +39,7 @@ class FaultyTable:
     )
     folder: str = field(default="", metadata={"help": "Where faults that have happened are remembered."})
     workers: int = field(default=0, metadata={"help": "Processes that read data."})
-    stall_s: float = field(default=25.0, metadata={"help": "See dtrain.data.loader."})
+    stall_s: float = field(default=12.0, metadata={"help": "See dtrain.data.loader."})
     step_s: float = field(default=0.0, metadata={"help": "That every forward pass takes longer."})
 
 

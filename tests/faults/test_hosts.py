@@ -22,7 +22,7 @@ def test_data_workers_are_started_again(folder: Path, undisturbed: Run, told: Te
     assert_same_weights(run, undisturbed)
     again = "started again where it stood, named"
     told("a data worker dies", again, same_weights=True, **run.recovery("worker_dies 21"))
-    told("a data worker gives nothing for 25 s", again, same_weights=True, **run.recovery("worker_hangs 46"))
+    told("a data worker gives nothing for 12 s", again, same_weights=True, **run.recovery("worker_hangs 46"))
 
 
 def test_a_sample_that_kills_its_reader_is_named(folder: Path, told: Tell) -> None:
