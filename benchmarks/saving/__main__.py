@@ -4,6 +4,7 @@ The state of a sharded U-ViT (weights, AdamW's moments, averages, all fp32) is s
 by torch.distributed.checkpoint as it comes, in turns, in one process group.
 
   stall          a training step waits for it: the state is copied, then a thread writes
+  its CPU time   of the thread that waits: what neighbours on the machine change less
   until written  from its begin, nothing beside it. Both sync the files; ours also hashes them (SHA-256),
                  syncs and renames the folder
   load           of what was just written, so from the page cache. Ours hashes everything first

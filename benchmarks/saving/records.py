@@ -11,6 +11,8 @@ class Record:
 
     stall_s: tuple[float, ...] = ()
     """Of a save with nothing beside it: until training may go on."""
+    stall_cpu_s: tuple[float, ...] = ()
+    """CPU time of the thread that waits, which neighbours on this machine change less."""
     written_s: tuple[float, ...] = ()
     """Of the same: until all is written."""
     load_s: tuple[float, ...] = ()

@@ -20,8 +20,8 @@ __all__ = ["SCHEMA_VERSION", "SavingRun", "WorldResult", "read_run", "world_resu
 
 SCHEMA_VERSION = 1
 
-_TIMES = ("stall", "written", "load", "quiet", "beside", "lost")
-_COMPARED = ("stall_ms", "written_ms", "load_ms", "beside_ms", "disk_bytes")
+_TIMES = ("stall", "stall_cpu", "written", "load", "quiet", "beside", "lost")
+_COMPARED = ("stall_ms", "stall_cpu_ms", "written_ms", "load_ms", "beside_ms", "disk_bytes")
 _LIMITS = ("copy", "write", "hash")
 
 

@@ -9,6 +9,7 @@ __all__ = ["TITLES", "faults", "gain_words", "table"]
 
 TITLES = {
     "stall_ms": "stall",
+    "stall_cpu_ms": "its CPU time",
     "written_ms": "until written",
     "load_ms": "load",
     "quiet_ms": "step",

@@ -61,11 +61,14 @@ def _turn(contestant: Contestant, training: Training, record: Record) -> None:
 
 
 def _save_alone(contestant: Contestant, record: Record) -> None:
-    begun_s = _timed(contestant.begin)
-    begun = time.perf_counter()
+    dist.barrier()
+    begun, cpu = time.perf_counter(), time.thread_time()
+    contestant.begin()
+    stall_s, cpu = time.perf_counter() - begun, time.thread_time() - cpu
     contestant.finish()
-    record.stall_s += (begun_s,)
-    record.written_s += (begun_s + time.perf_counter() - begun,)
+    record.written_s += (time.perf_counter() - begun,)
+    record.stall_s += (stall_s,)
+    record.stall_cpu_s += (cpu,)
     dist.barrier()
     record.disk_bytes += (disk_bytes(contestant.folder),)
     clear(contestant.folder)

@@ -82,7 +82,7 @@ def test_ranks_that_fail_are_named_with_the_end_of_their_log(tmp_path: Path) -> 
 
 def record(seconds: float, wrong: int = 0) -> Record:
     two = (seconds, 3 * seconds)
-    return Record(two, two, two, two, two, two, (2, 4), (0, wrong), (1100, 1100))
+    return Record(two, two, two, two, two, two, two, (2, 4), (0, wrong), (1100, 1100))
 
 
 def ranks(wrong: int = 0) -> list[RankRecord]:
@@ -117,7 +117,7 @@ def test_a_red_gate_leaves_no_figure(run: SavingRun, tmp_path: Path) -> None:
     write_record(run, tmp_path / "saving" / "saving.json")
     shown = tables(tmp_path)["saving"]
     assert "RED dtrain" in shown
-    assert shown.count("no figure |") == 7
+    assert shown.count("no figure |") == 8
     assert "<br>×" not in shown
     assert "bit for bit" not in shown
     assert main(["--show", "--out", str(tmp_path / "saving")]) == 1
@@ -146,7 +146,7 @@ def run() -> SavingRun:
 def test_a_readme_table_has_both_and_the_gains(run: SavingRun, tmp_path: Path) -> None:
     write_record(run, tmp_path / "saving" / "saving.json")
     rows = tables(tmp_path)["saving"].splitlines()
-    assert rows[2].startswith("| plain PyTorch, 2 ranks | 1.600 s |")
+    assert rows[2].startswith("| plain PyTorch, 2 ranks | 1.600 s | 1.600 s |")
     assert rows[3].startswith("| dtrain, 2 ranks | 400.0 ms<br>×4.000")
     assert rows[3].endswith("| 0.0 MB<br>+10.00% |")
     assert "bit for bit" in rows[-1]
