@@ -7,6 +7,7 @@ which epoch) is the dataset's business. Position is a single integer, so data re
 import logging
 import multiprocessing
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import connection
@@ -26,8 +27,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_GONE = "a worker is gone"
+_GONE, _IDLE = "a worker is gone", "DataLoader timed out"
 _DEATH_S = 5.0  # until the system tells of it
+_POLL_S = 2.0  # that a batch is waited for before the workers are looked at
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -131,10 +133,10 @@ def loader(
             # A fork would copy locks that gloo's, NCCL's and the decoder's threads may hold at that moment.
             multiprocessing_context="forkserver" if workers else None,
             worker_init_fn=_begin_worker if workers else None,
-            timeout=stall_s if workers else 0,
+            timeout=min(_POLL_S, stall_s) if workers else 0,
         )
 
-    return RestartingLoader(start, rank, world, state, restarts, workers * prefetch)
+    return RestartingLoader(start, rank, world, state, restarts, workers * prefetch, stall_s)
 
 
 class RestartingLoader(Iterable[Batch]):
@@ -148,6 +150,7 @@ class RestartingLoader(Iterable[Batch]):
         rank, world, state: see `loader`.
         restarts: for one micro-batch, before that is an error.
         ahead: micro-batches that are read ahead.
+        stall_s: see `loader`.
     Attributes:
         restarted: how often workers were started again.
     """
@@ -160,15 +163,16 @@ class RestartingLoader(Iterable[Batch]):
         state: DataState,
         restarts: int,
         ahead: int,
+        stall_s: float,
     ) -> None:
-        self._ahead = ahead
+        self._ahead, self._stall_s = ahead, stall_s
         self._start, self._rank, self._world, self._state = start, rank, world, state
         self._most = restarts
         self.restarted = 0
 
     def __iter__(self) -> Iterator[Batch]:
         state, tries, careful = self._state, 0, 0
-        batches = _Workers(self._start(state, False))
+        batches = _Workers(self._start(state, False), self._stall_s)
         while True:
             try:
                 batch = next(batches)
@@ -182,14 +186,14 @@ class RestartingLoader(Iterable[Batch]):
                 self._say(error, next(micro_batch_indices(self._rank, self._world, state)), tries)
                 self.restarted += 1
                 careful = self._ahead
-                batches = _Workers(self._start(state, True))
+                batches = _Workers(self._start(state, True), self._stall_s)
                 continue
             yield {**batch, "worker_restarts": tries} if tries else batch
             state, tries = replace(state, sample=state.sample + self._world * state.micro_batch), 0
             if careful:
                 careful -= 1
                 if not careful:
-                    batches = _Workers(self._start(state, False))
+                    batches = _Workers(self._start(state, False), self._stall_s)
 
     def _say(self, error: RuntimeError, samples: Sequence[int], tries: int) -> None:
         what = f"rank {self._rank}: data workers failed before samples {samples[0]} to {samples[-1]}: {error}"
@@ -202,7 +206,8 @@ class RestartingLoader(Iterable[Batch]):
 class _Workers(Iterator[Batch]):
     """A loader's iterator, and its processes."""
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    def __init__(self, batches: Iterable[Batch], stall_s: float) -> None:
+        self._stall_s = stall_s
         before = set(multiprocessing.active_children())
         # PyTorch's handler would raise in the middle of a step; a dead worker is seen at the next batch too.
         handler = signal.getsignal(signal.SIGCHLD)
@@ -212,6 +217,18 @@ class _Workers(Iterator[Batch]):
         self._processes = set(multiprocessing.active_children()) - before
 
     def __next__(self) -> Batch:
+        since = time.monotonic()
+        while True:
+            try:
+                return self._poll()
+            except RuntimeError as error:  # PyTorch looks for dead workers only where it has waited in vain
+                idle_s = time.monotonic() - since
+                if not str(error).startswith(_IDLE):
+                    raise
+                if idle_s > self._stall_s:
+                    raise RuntimeError(f"{_IDLE} after {idle_s:.0f} s") from error
+
+    def _poll(self) -> Batch:
         try:
             return next(self._batches)
         except (OSError, EOFError) as error:  # of a batch whose memory its worker did not live to hand over
@@ -227,7 +244,7 @@ class _Workers(Iterator[Batch]):
 
 def _is_of_workers(error: RuntimeError) -> bool:
     """Whether PyTorch says that a worker is gone or gives nothing, not what one of them raised."""
-    return str(error).startswith(("DataLoader worker (pid", "DataLoader timed out", _GONE))
+    return str(error).startswith(("DataLoader worker (pid", _IDLE, _GONE))
 
 
 class _EndlessDataset(Dataset[dict[str, Any]]):

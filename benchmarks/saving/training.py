@@ -13,11 +13,11 @@ import uvit
 from benchmarks.saving.job import Workload
 from dtrain.checkpoint import TrainingState
 from dtrain.dist import World
-from dtrain.ema import EMA, EMAConfig
-from dtrain.init import fill_parameters
-from dtrain.mesh import MeshConfig, build_mesh
 from dtrain.optim import OptimConfig, build_optimizer
+from dtrain.optim.ema import EMA, EMAConfig
 from dtrain.parallelize import parallelize
+from dtrain.sharding.init import fill_parameters
+from dtrain.sharding.mesh import MeshConfig, build_mesh
 
 __all__ = ["Training", "bytes_that_differ", "copied", "spoil", "whole_bytes"]
 

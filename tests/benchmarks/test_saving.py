@@ -19,7 +19,7 @@ from benchmarks.saving.table import table
 from benchmarks.saving.training import Training, bytes_that_differ, copied, spoil, whole_bytes
 from benchmarks.studies import tables
 from dtrain.dist import process_group
-from dtrain.local import local_part
+from dtrain.sharding.local import local_part
 
 TINY = Workload(width=64, depth=2, batch=2)
 QUIET = Neighbours(0.02, None)
