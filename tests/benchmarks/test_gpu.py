@@ -41,7 +41,7 @@ def test_the_rehearsal_goes_all_the_way_on_few_packages(
         "ladder": 0,
         "tune": 0,
     }
-    assert " passed, 2 skipped in" in done.stdout  # CUDA graphs, and memory of a GPU
+    assert " passed, 4 skipped in" in done.stdout  # CUDA graphs, memory of a GPU, twice four ranks
 
     sweep = read_sweep(tmp_path / "attention.json")
     assert len(sweep.results) == 7  # two passes dense, in windows and of the norms, and the layer
