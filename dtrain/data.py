@@ -7,6 +7,7 @@ which epoch) is the dataset's business. Position is a single integer, so data re
 import logging
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -215,6 +216,9 @@ class _Workers(Iterator[Batch]):
         if handler is not None and multiprocessing.current_process().name == "MainProcess":
             signal.signal(signal.SIGCHLD, handler)
         self._processes = set(multiprocessing.active_children()) - before
+        if self._processes:
+            workers: Any = self._batches
+            workers._workers_done_event = _End(workers._workers_done_event)
 
     def __next__(self) -> Batch:
         since = time.monotonic()
@@ -240,6 +244,26 @@ class _Workers(Iterator[Batch]):
         """They are told to ignore gentler signals."""
         for process in self._processes:
             process.kill()
+        # Clearing up, PyTorch may wait for ever for what one of them has written half.
+        workers: Any = self._batches
+        threading.Thread(target=workers._shutdown_workers, name="dtrain-dead-workers", daemon=True).start()
+
+
+class _End:
+    """The event by which PyTorch tells workers to end, as the main process sees it.
+
+    A worker that dies while it looks at the event keeps its lock, for which PyTorch would wait for ever.
+    """
+
+    def __init__(self, event: Any) -> None:
+        self._event, self._is_set = event, False
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        threading.Thread(target=self._event.set, name="dtrain-end-workers", daemon=True).start()
 
 
 def _is_of_workers(error: RuntimeError) -> bool:

@@ -1,11 +1,17 @@
 """Draws and positions belong to samples: not to ranks, batches or the point where a run was resumed."""
 
+import gc
+import multiprocessing
+import os
+import signal
+import time
 from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dtrain.data import epoch_of, loader, micro_batch_indices
 from dtrain.recipe import DataState
@@ -14,7 +20,11 @@ from dtrain.sharding.init import copy_full, fill_parameters
 
 
 class Squares:
+    def __init__(self, slow_s: float = 0.0) -> None:
+        self.slow_s = slow_s
+
     def __getitem__(self, index: int) -> dict[str, Any]:
+        time.sleep(self.slow_s)
         return {"index": index, "square": index**2}
 
 
@@ -51,6 +61,33 @@ def test_loader_keeps_the_order(workers: int) -> None:
     state = DataState(seed=0, sample=8, micro_batch=2)
     batches = islice(loader(Squares(), 1, 2, state, workers=workers, collate=collate), 3)
     assert [batch["square"].tolist() for batch in batches] == [[100, 121], [196, 225], [324, 361]]
+
+
+def test_workers_outlive_signals_that_stop_a_run() -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach them too, while the run still finishes its step."""
+    reading = loader(Squares(), 0, 1, DataState(0, 0, 2), workers=2, collate=collate)
+    batches = iter(reading)
+    first = [index for batch in islice(batches, 4) for index in batch["index"].tolist()]  # of both
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    rest = [index for batch in islice(batches, 20) for index in batch["index"].tolist()]
+    assert first + rest == list(range(48))
+    assert reading.restarted == 0
+
+
+@pytest.mark.parametrize("slow_s", [0.0, 0.3], ids=["with batches ready", "while it reads"])
+def test_a_worker_that_dies_inside_a_lock_holds_nobody_up(slow_s: float) -> None:
+    """The lock is that of the event by which PyTorch tells workers to end."""
+    reading = loader(Squares(slow_s), 0, 1, DataState(0, 0, 2), workers=1, collate=collate)
+    batches = iter(reading)
+    first = next(batches)["index"].tolist()
+    [workers] = [o for o in gc.get_objects() if type(o) is _MultiProcessingDataLoaderIter]
+    workers._workers_done_event._event._cond.acquire()
+    workers._workers[0].kill()
+    rest = [index for batch in islice(batches, 6) for index in batch["index"].tolist()]
+    assert first + rest == list(range(14))
+    assert reading.restarted == 1
 
 
 def test_draws_do_not_depend_on_the_batch() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints that were damaged, cut short or could not be written: nothing of them is loaded silently."""
 
 import logging
+import os
 import random
 import resource
 import subprocess
@@ -184,6 +185,31 @@ def test_a_run_does_not_end_without_its_last_checkpoint(tmp_path: Path) -> None:
         saver.save(training_state(0), progress(1))
         with pytest.raises(SaveFailed, match="the last checkpoint could not be written"):
             saver.close()
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, then their folder, then the name, then the folder that holds the name."""
+    order: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(handle: int) -> None:
+        order.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        sync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        order.append(f"rename {path.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    saver = checkpointer(tmp_path)
+    saver.save(training_state(0), progress(1))
+    saver.close()
+    files = {path.name for path in (tmp_path / "step-00000001").iterdir()}
+    assert set(order[:-3]) == files
+    assert order[-3:] == ["partial-00000001", "rename partial-00000001", tmp_path.name]
 
 
 def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
