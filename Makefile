@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# One more than cores: a test that starts ranks waits for them, or for a rank that hangs, much of its time.
+JOBS ?= $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) + 1)")
 
 .PHONY: help install demo test lint types gpu clean
 
@@ -22,7 +24,7 @@ demo: $(VENV)/.clips ## train a small video model on real clips and show what it
 	$(RUN) -m uvit.demo $(if $(RANKS),--ranks $(RANKS))
 
 test: install lint types ## ruff, mypy and every test that needs no GPU
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/kernels
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/kernels
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto tests/kernels
 
 lint: install

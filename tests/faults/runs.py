@@ -1,8 +1,11 @@
 """Runs of the faulty recipe under torchrun, and what they leave."""
 
 import json
+import os
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 
 from dtrain.checkpoint import step_folders
 from tests.checkpoints import all_tensors
-from tests.launch import torchrun
+from tests.launch import ENVIRONMENT, ROOT, TORCHRUN, torchrun
 
 __all__ = ["BATCH", "Run", "Tell", "assert_same_weights"]
 
@@ -71,6 +74,34 @@ class Run:
         words = [word for setting in settings for word in ("--set", setting)]
         options = ("--max-restarts", str(restarts)) if restarts else ()
         return torchrun(self.ranks, *options, "-m", "dtrain", "train", config, *words, check=check)
+
+    @contextmanager
+    def started(self, *options: str, sets: tuple[str, ...] = ()) -> "Iterator[subprocess.Popen[bytes]]":
+        """Torchrun at work on it, which has taken its first step; it is ended behind the block.
+
+        Args:
+            options: of torchrun.
+            sets: of the run.
+        """
+        settings = [word for setting in self.settings(*sets) for word in ("--set", setting)]
+        command = [*TORCHRUN, "--nproc-per-node", str(self.ranks), *options, "-m", "dtrain", "train"]
+        command += [str(self.config()), *settings]
+        environment = os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"}
+        with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            try:
+                self._wait_for_a_step(process)
+                yield process
+            finally:
+                process.terminate()
+
+    def _wait_for_a_step(self, process: "subprocess.Popen[bytes]") -> None:
+        file = self.path / "metrics.jsonl"
+        for _ in range(1200):
+            if file.exists() and '"step"' in file.read_text():
+                return
+            assert process.poll() is None
+            time.sleep(0.1)
+        raise AssertionError(f"no step in {file}")
 
     def config(self, *faults: str) -> Path:
         """Written to its file."""

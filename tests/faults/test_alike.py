@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import Run
-from tests.launch import ROOT
+from tests.launch import ROOT, TORCHRUN
 
 pytestmark = pytest.mark.distributed
 
@@ -18,23 +18,10 @@ def trained(run: Run, words: str) -> str:
     """What two ranks say that a shell starts, which may give each something else by its RANK."""
     path = f"PYTHONPATH={run.folder}/code-$RANK:{ROOT}"
     line = f"{path} exec {sys.executable} -m dtrain train {run.config()} {words}"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-    ]
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--no-python", "bash", "-c", line]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "bash", "-c", line],
-        env=environment,
-        cwd=run.folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, env=environment, cwd=run.folder, capture_output=True, text=True, timeout=300
     )
     assert done.returncode
     assert not run.steps

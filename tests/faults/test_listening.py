@@ -2,9 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +9,6 @@ import pytest
 
 from dtrain.rendezvous import bound_store
 from tests.faults.runs import Run
-from tests.launch import ROOT
 
 pytestmark = pytest.mark.distributed
 
@@ -34,39 +30,14 @@ def test_a_run_listens_where_it_was_told_to(backend: str, tmp_path: Path) -> Non
     run = Run(tmp_path, "run")
     with socket.create_server(("127.0.0.2", 0)) as free:
         port = free.getsockname()[1]
-    sets = run.settings("faulty.step_s=0.5", "train.steps=1000")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        backend,
-    ]
-    command += ["--rdzv-endpoint", f"127.0.0.2:{port}", "--local-addr", "127.0.0.3", "-m", "dtrain", "train"]
-    command += [str(run.config()), *(word for each in sets for word in ("--set", each))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        try:
-            _wait_for(run.path / "metrics.jsonl", process)
-            found = set(_listeners(_tree(process.pid)))
-        finally:
-            process.terminate()
+    options = ("--rdzv-backend", backend, "--rdzv-endpoint", f"127.0.0.2:{port}", "--local-addr", "127.0.0.3")
+    with run.started(*options, sets=("faulty.step_s=0.5", "train.steps=1000")) as process:
+        found = set(_listeners(_tree(process.pid)))
     addresses = {address for address, _ in found}
     if backend == "dtrain":
         assert addresses == {"127.0.0.1", "127.0.0.2", "127.0.0.3"}  # gloo is on lo's
     else:
         assert "::" in addresses
-
-
-def _wait_for(file: Path, process: "subprocess.Popen[bytes]") -> None:
-    for _ in range(1200):
-        if file.exists() and '"step"' in file.read_text():
-            return
-        assert process.poll() is None
-        time.sleep(0.1)
-    raise AssertionError(f"no step in {file}")
 
 
 def _tree(root: int) -> set[int]:

@@ -2,6 +2,7 @@
 
 import random
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,19 @@ def test_a_signal_to_one_rank_ends_the_run_after_its_step(
         seconds=seconds,
         same_weights=True,
     )
+
+
+def test_a_signal_to_torchrun_reaches_the_ranks(folder: Path, undisturbed: Run) -> None:
+    """As a scheduler sends it; torchrun itself then ends with a status of its own."""
+    run = Run(folder, "agent")
+    with run.started("--standalone", sets=("faulty.step_s=0.1",)) as process:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert run.steps
+    assert run.steps[-1] < 20
+    assert f"stopped after step {run.steps[-1]} as SIGTERM asked: saving" in run.notes
+    run.train()
+    assert_same_weights(run, undisturbed)
 
 
 def test_a_killed_rank_is_started_again(folder: Path, undisturbed: Run, told: Tell) -> None:
