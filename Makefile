@@ -4,6 +4,9 @@ RUN := $(VENV)/bin/python
 # One more than cores: a test that starts ranks waits for them, or for a rank that hangs, much of its time.
 JOBS ?= $(shell $(PYTHON) -c "import os; print((os.cpu_count() or 1) + 1)")
 
+# Files that take long first: the last worker to be done has a short one.
+TESTS := $(addprefix tests/,faults uvit benchmarks dtrain test_imports.py)
+
 .PHONY: help install demo test lint types gpu clean
 
 help: ## what each target does
@@ -24,8 +27,8 @@ demo: $(VENV)/.clips ## train a small video model on real clips and show what it
 	$(RUN) -m uvit.demo $(if $(RANKS),--ranks $(RANKS))
 
 test: install lint types ## ruff, mypy and every test that needs no GPU
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/kernels
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto tests/kernels
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 $(TESTS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --durations 20 tests/kernels
 
 lint: install
 	$(RUN) -m ruff check .
