@@ -83,11 +83,16 @@ def simulated(config: Path, sets: str, world: int, arch: str = "") -> Simulation
         torch.set_num_threads(threads)
 
 
-FEW = (POLICIES[0], BY_OPERATORS[2])
+# Every setting on some number of ranks: none, full and selective; the others; none and int4-delta.
+ON_RANKS = [
+    (1, (POLICIES[0], POLICIES[2], POLICIES[5])),
+    (2, (POLICIES[1], *POLICIES[3:5], *POLICIES[6:], *BY_OPERATORS[:2])),
+    (4, (POLICIES[0], BY_OPERATORS[2])),
+]
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world", "sets"), [(1, POLICIES[:6:2]), (2, POLICIES + BY_OPERATORS), (4, FEW)])
+@pytest.mark.parametrize(("world", "sets"), ON_RANKS)
 def test_the_planned_peak_is_that_of_real_ranks(config: Path, world: int, sets: tuple[str, ...]) -> None:
     out = config.parent / f"{world}.json"
     batch = f"train.global_batch={8 * world}"
