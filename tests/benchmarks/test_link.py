@@ -14,7 +14,8 @@ from benchmarks.link.records import RankRecord, Record
 from benchmarks.link.result import LinkRun, RateResult, rate_result, read_run, step_times
 from benchmarks.link.table import table
 from benchmarks.link.workload import BASELINES, Workload, check_variants
-from benchmarks.record import Device, write_record
+from benchmarks.record import write_record
+from tests.benchmarks.origin import ORIGIN
 
 PARAMETERS = 1000
 QUIET = Neighbours(0.03, 0.0)
@@ -139,12 +140,8 @@ def run_of(*rates: RateResult) -> LinkRun:
         environment={"OMP_NUM_THREADS": "1"},
         load_average=0.5,
         seconds=12.0,
-        device=Device("cpu", "A CPU", 2, 2**34),
-        versions={"torch": "2.13.0"},
-        commit="abc",
-        dirty=False,
-        date="2026-01-02T03:04:05+00:00",
         command="python -m benchmarks.link",
+        **ORIGIN,
     )
 
 

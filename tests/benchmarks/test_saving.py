@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.link.neighbours import Neighbours
-from benchmarks.record import Device, write_record
+from benchmarks.record import write_record
 from benchmarks.saving.__main__ import main
 from benchmarks.saving.contestants import clear, contestants, disk_bytes
 from benchmarks.saving.job import CONTESTANTS, OURS, PLAIN, Job, Workload
@@ -20,6 +20,7 @@ from benchmarks.saving.training import Training, bytes_that_differ, copied, spoi
 from benchmarks.studies import tables
 from dtrain.dist import process_group
 from dtrain.sharding.local import local_part
+from tests.benchmarks.origin import ORIGIN
 
 TINY = Workload(width=64, depth=2, batch=2)
 QUIET = Neighbours(0.02, None)
@@ -134,12 +135,8 @@ def run() -> SavingRun:
         environment={"OMP_NUM_THREADS": "1"},
         load_average=0.5,
         seconds=12.0,
-        device=Device("cpu", "A CPU", 2, 2**34),
-        versions={"torch": "2.13.0"},
-        commit="abc",
-        dirty=False,
-        date="2026-01-02T03:04:05+00:00",
         command="python -m benchmarks.saving --out benchmarks/results/saving",
+        **ORIGIN,
     )
 
 
