@@ -1,6 +1,7 @@
 """The link benchmark without a network: rates, fits, what follows from ranks' records, table, picture."""
 
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,6 +207,7 @@ def test_memory_grows_with_variants_and_falls_with_hosts() -> None:
 
 def test_neighbours_have_shares() -> None:
     told = watch_neighbours()
+    time.sleep(0.2)  # many times the grain of the kernel's clock, which in an instant may be all there is
     share, stall = told()
-    assert 0 <= share <= 2  # over 1 only by the grain of the kernel's clock
+    assert 0 <= share <= 2  # over 1 only by that grain
     assert stall is None or stall >= 0
